@@ -8,7 +8,8 @@ Sources
 How to run (one GPU, a few minutes; needs torch, transformers 5, tokenizers, numpy, safetensors)
     python examples/train_embedded_models.py --data corpus --out trained
     cp -r trained/gpt2 trained/llama trained/training.json neural_plasticity/embedded/
-    python examples/train_embedded_models.py --data corpus --out trial --steps 3 --batch 2 --jobs 1    # on a CPU: does it run?
+    python examples/train_embedded_models.py --data corpus --out trial --steps 3 --batch 2 --jobs 1
+The last line is a trial, for a CPU too: does it run? It judges a few tokens only, so its figures mean nothing.
 
 What happens
     1. A byte-level BPE tokenizer of 4,096 tokens is trained on the training texts and shared by both models.
@@ -79,7 +80,10 @@ class Job:
         return f"{self.architecture}-d{self.recipe.dropout:g}-e{self.recipe.epochs}-lr{self.recipe.learning_rate:g}"
 
 
-RECIPES = (Recipe(0.1, 12, 2e-3), Recipe(0.2, 24, 2e-3), Recipe(0.2, 24, 4e-3))
+RECIPES = {
+    "gpt2": (Recipe(0.2, 24, 4e-3), Recipe(0.1, 30, 4e-3), Recipe(0.05, 30, 4e-3), Recipe(0.1, 30, 8e-3)),
+    "llama": (Recipe(0.1, 12, 2e-3), Recipe(0.2, 24, 2e-3), Recipe(0.2, 24, 4e-3)),
+}
 WARMUP_STEPS, WEIGHT_DECAY, BETAS, CLIP = 200, 0.1, (0.9, 0.95), 1.0
 
 
@@ -290,6 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of prepare_embedded_texts.py's --corpus")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpt2/, llama/ and training.json")
+    parser.add_argument("--architectures", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help=f"windows of {CONTEXT} tokens a step")
     parser.add_argument("--steps", type=int, help="train this many steps only: a trial")
@@ -303,11 +308,11 @@ def main():
         work = Path(folder)
         tokenizer, sizes, data = prepare(args, work)
         print(f"{data['tokens']} tokens, prepared in {time.monotonic() - started:.0f} s, training on {device}", flush=True)
-        recipes = RECIPES[:1] if args.steps else RECIPES
         rest = (args.seed, args.batch, args.steps, 60 * args.minutes, folder)
-        jobs = [Job(architecture, recipe, *rest) for recipe in recipes for architecture in ("gpt2", "llama")]
+        jobs = [Job(architecture, recipe, *rest) for architecture in args.architectures for recipe in RECIPES[architecture][: 1 if args.steps else None]]
         results = train_all(jobs, args.jobs)
-        streams = {split: load_stream(work, split, device) for split in REPORTED}
+        judged = 4 * CONTEXT if args.steps else None
+        streams = {split: load_stream(work, split, device)[:judged] for split in REPORTED}
         report = {
             "seed": args.seed,
             "batch_tokens": args.batch * CONTEXT,
@@ -316,15 +321,15 @@ def main():
             "versions": dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         }
-        for architecture in ("gpt2", "llama"):
-            tried = sorted((r for r in results if r["job"].startswith(architecture)), key=lambda r: r["dev_loss"])
-            out = args.out / architecture
-            shutil.copytree(work / tried[0]["job"], out, dirs_exist_ok=True)
-            tokenizer.save_pretrained(out)
-            others = [{key: r[key] for key in ("recipe", "steps", "planned_steps", "dev_loss")} for r in tried[1:]]
-            report[architecture] = describe(out, streams, sizes, device) | {"training": tried[0], "also_tried": others}
+        tried = {name: sorted((r for r in results if r["job"].startswith(name)), key=lambda r: r["dev_loss"]) for name in args.architectures}
+        for name, (winner, *_) in tried.items():  # all are saved before anything is measured
+            shutil.copytree(work / winner["job"], args.out / name, dirs_exist_ok=True)
+            tokenizer.save_pretrained(args.out / name)
+        for name, (winner, *others) in tried.items():
+            others = [{key: r[key] for key in ("recipe", "steps", "planned_steps", "dev_loss")} for r in others]
+            report[name] = describe(args.out / name, streams, sizes, device) | {"training": winner, "also_tried": others}
             for split in REPORTED:
-                print(architecture, split, report[architecture][split], flush=True)
+                print(name, split, report[name][split], flush=True)
     report["seconds"] = round(time.monotonic() - started, 1)
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {args.out} in {report['seconds']} s")
