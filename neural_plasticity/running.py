@@ -154,7 +154,7 @@ def _find_shift(model: nn.Module, batch: Mapping, logits: Tensor, loss: Tensor) 
     mean = float((losses * tokens).sum() / tokens.sum())
     return shift if math.isclose(mean, float(loss), rel_tol=2e-2 if logits.dtype.itemsize < 4 else 1e-4) else None
 
-# %% ../nbs/03_running.ipynb #d0508f88
+# %% ../nbs/03_running.ipynb #9fd5f50a
 def sample_losses(
     model: nn.Module,
     batch: Mapping,  # with labels: [B,T] (-100 = not counted) or [B] for classification
@@ -167,13 +167,13 @@ def sample_losses(
     else:
         outputs = model(**batch)
     logits = outputs.logits
-    if not torch.isfinite(logits.detach().sum()):
-        raise UnsupportedModel(f"{type(inner).__name__} gives NaN or infinite logits; check its weights, and its dtype (fp16 overflows on some CPUs)")
     if labels.dim() == 1 and logits.dim() == 2:
         return F.cross_entropy(logits.float(), labels, reduction="none"), (labels != -100).long()
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise InvalidArgument(f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; labels must be [B,T] with logits [B,T,V], or [B] with [B,C]")
     if inner not in _shifted:
+        if bool((labels != -100).any()) and not torch.isfinite(outputs.loss):
+            raise InvalidArgument(f"the loss of {type(inner).__name__} is {float(outputs.loss)}; check its weights, its dtype and the labels")
         shift = _find_shift(model, batch, logits, outputs.loss) if bool((labels != -100).any()) else None
         if shift is None:
             raise UnsupportedModel(f"the loss of {type(inner).__name__} ({float(outputs.loss):.4f}) is no plain mean cross-entropy over labels, shifted or not; "

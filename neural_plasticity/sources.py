@@ -33,7 +33,7 @@ def hub_problem() -> str | None:
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
     return f"{constants.ENDPOINT} answers with error {answer.status_code}" if answer.status_code >= 500 else None
 
-# %% ../nbs/02_sources.ipynb #e051a9f8
+# %% ../nbs/02_sources.ipynb #77954f13
 def _checked_name(what: str, name) -> str:
     "The name as a str, if it is one (or a path) and not blank."
     if not isinstance(name, (str, Path)):
@@ -54,7 +54,7 @@ def _said(error: Exception, lines: int = 1) -> str:
     return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}".rstrip(".") + "."
 
 
-_OTHER_MODELS = "Without a network: model_name='embedded:gpt2', 'embedded:llama', or a folder written by save_pretrained"
+_OTHER_MODELS = "Without a network: model_name='embedded:gpt2', 'embedded:llama', or a folder written by save_pretrained."
 
 
 def _from_pretrained(source: str, local: bool, dtype) -> tuple:
@@ -127,10 +127,10 @@ def _read_text_files(source: Path, split: str) -> list[str]:
         raise InvalidArgument(f"{source} has no split {split!r}; there are {', '.join(map(repr, names))}")
     return [text for path in names[split] for text in _paragraphs(path)]
 
-# %% ../nbs/02_sources.ipynb #d270f2a1
+# %% ../nbs/02_sources.ipynb #93f333d5
 _MOVED = {"wikitext": "Salesforce/wikitext"}  # short ids that everybody knows: where they live now
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_OTHER_TEXTS = "Without a network: dataset_name='embedded' (its splits: {}), a .txt file, or a folder of text, JSON-lines or parquet files"
+_OTHER_TEXTS = "Without a network: dataset_name='embedded' (its splits: {}), a .txt file, or a folder of text, JSON-lines or parquet files."
 
 
 @contextmanager
@@ -164,8 +164,8 @@ def _load_dataset(name: str, config: str | None):
         with _datasets_offline() if problem else nullcontext():
             return load_dataset(*args, **options)
     except Exception as error:  # OSError, ValueError, and errors of datasets' own
-        if isinstance(error, ValueError) and "onfig" in str(error):  # a config is missing or unknown; the message lists them
-            raise InvalidArgument(f"dataset_config is {config!r}, and {name!r} does not load with that: {tried}datasets says {_said(error, 3)}") from error
+        if isinstance(error, ValueError) and "onfig" in str(error) and not problem:  # missing or unknown; the message lists them
+            raise InvalidArgument(f"dataset_config is {config!r}, and {name!r} does not load with that: datasets says {_said(error, 3)}") from error
         raise SourceUnavailable(f"cannot load the dataset {name!r}: {tried}datasets says {_said(error, 3)} {hint}{other}") from error
 
 # %% ../nbs/02_sources.ipynb #034153da
