@@ -101,7 +101,7 @@ class Anatomy:
     def _repr_html_(self):
         return f"<pre>{self}</pre>"
 
-# %% ../nbs/11_anatomy.ipynb #559df297
+# %% ../nbs/11_anatomy.ipynb #f1aebfd6
 def heads_to_mask(
     heads,  # pairs (layer, head), or a bool mask [L,H] (a tensor, an array or nested lists)
     anatomy: Anatomy,
@@ -132,9 +132,12 @@ def heads_to_mask(
 
 def _as_tensor(heads) -> Tensor:
     "A CPU tensor of whatever names heads."
-    if isinstance(heads, (set, frozenset)):
-        heads = sorted(heads)
-    return heads.detach().cpu() if isinstance(heads, Tensor) else torch.as_tensor(heads)
+    try:
+        if isinstance(heads, (set, frozenset)):
+            heads = sorted(heads)
+        return heads.detach().cpu() if isinstance(heads, Tensor) else torch.as_tensor(heads)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(f"heads must be pairs (layer, head) or a bool mask [layers, heads]; got {heads!r:.100}") from error
 
 # %% ../nbs/11_anatomy.ipynb #d22ef618
 def exclusive_slices(
@@ -295,13 +298,15 @@ def _site(index: int, model: nn.Module, recording: _Recording, key: tuple[str, i
     return Site(index, *key, projection, len(columns), len(groups), int(columns.sum(1).max()), columns, groups, units,
                 _slices(model, projection, columns, features, others))
 
-# %% ../nbs/11_anatomy.ipynb #bf6d0730
+# %% ../nbs/11_anatomy.ipynb #9b8a772e
 def probe(
     model: nn.Module,
     example: dict | None = None,  # an input as the model's forward takes it; made from the config if not given
 ) -> Anatomy:
     "Find all attention heads of a model. Costs one small forward pass and a backward a head, touches no weight and leaves no trace."
     model = unwrap(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModel(f"{type(model).__name__} has weights on the meta device, that is, none; load them first")
     example = example_inputs(model) if example is None else {k: v for k, v in example.items() if k != "labels"}
     recording = _Recording(model)
     inside_linear = {f"{name}.{part}" for name in recording.linears for part in ("weight", "bias")}

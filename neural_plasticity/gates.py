@@ -154,7 +154,7 @@ def _target(state: PlasticityState, site: Site, asleep: Tensor) -> dict[str, Ten
     target["weight"][zero] = 0
     return target
 
-# %% ../nbs/12_gates.ipynb #2ab76602
+# %% ../nbs/12_gates.ipynb #8aec3e69
 def rewrite_projections(model: nn.Module, layers=None) -> None:
     "Bring the output projections in line with the model's state (all of them, or those of the given layers)."
     model, state = unwrap(model), state_of(model)
@@ -171,15 +171,15 @@ def rewrite_projections(model: nn.Module, layers=None) -> None:
         target = _target(state, site, asleep)
         awake = ~site.columns[state.asleep[layer] | asleep].any(0)  # columns that were and are in use: training may have moved them
         for name, part in parts.items():
-            trained = part.detach().cpu().float() - state.written[layer][name].float()
+            trained = part.detach().cpu().double() - state.written[layer][name].to(part.dtype).double()  # the model's dtype may have changed
             if name == "weight":
                 trained[~awake] = 0
-            moved = (target[name].float() + trained).to(part.dtype)
+            moved = (target[name].double() + trained).to(part.dtype)
             state.written[layer][name] = target[name]
             part.copy_(torch.where(trained == 0, target[name], moved))
         state.asleep[layer] = asleep.clone()
 
-# %% ../nbs/12_gates.ipynb #25f15453
+# %% ../nbs/12_gates.ipynb #e8164750
 def _push_gates(model: nn.Module) -> None:
     state = state_of(model)
     for site in state.anatomy.sites:
@@ -198,10 +198,10 @@ def put_to_sleep(
     mask = heads_to_mask(heads, known.anatomy if known else anatomy_of(model))
     if not mask.any():
         return []
-    state = ensure_state(model)
-    for unit in state.anatomy.units:
+    for unit in (known.anatomy if known else anatomy_of(model)).units:
         if 0 < sum(bool(mask[head]) for head in unit) < len(unit):
             raise InvalidArgument(f"heads {unit} feed common columns and can only be pruned together")
+    state = ensure_state(model)
     fresh = mask & ~state.dormant
     state.gates[mask] = 0
     state.warmup = {head: steps for head, steps in state.warmup.items() if not mask[head]}

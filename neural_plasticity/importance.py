@@ -132,13 +132,14 @@ def analyze_attention_patterns(
     tensors = tuple(found[site.index] for site in anatomy.sites) if maps else None
     return {"attention_tensors": tensors, "entropy_values": tap.stacked(anatomy)}
 
-# %% ../nbs/14_importance.ipynb #b7df56ad
+# %% ../nbs/14_importance.ipynb #32096c4b
 @dataclass
 class Quantities:
     "What a pass over the data has collected; a criterion turns it into scores."
     exists: Tensor  # bool [L,H]
     weight_norms: Tensor  # [L,H] L2 norm of each head's columns of the output projection
-    gate_gradients: list[Tensor] = field(default_factory=list)  # [B,L,H] a batch: g·∂L_b/∂g, nats
+    gates: Tensor  # [L,H] 1 for an active head, 0 for a dormant one
+    gate_gradients: list[Tensor] = field(default_factory=list)  # [B,L,H] a batch: ∂L_b/∂g, nats
     weight_gradients: list[Tensor] = field(default_factory=list)  # [1,L,H] a batch: gradient norms
     entropy: list[Tensor] = field(default_factory=list)  # [B,L,H] a batch: normalised entropy
 
@@ -155,13 +156,11 @@ def _column_norms(anatomy: Anatomy, weights: list[Tensor]) -> Tensor:
         norms[site.index, : site.num_heads] = (site.columns.float() @ squares).sqrt()
     return norms
 
-# %% ../nbs/14_importance.ipynb #2f54becf
+# %% ../nbs/14_importance.ipynb #5a1c72bb
 def _measure_batch(model: nn.Module, anatomy: Anatomy, batch: dict, needs: set[str], found: Quantities) -> None:
     "One forward pass, and one backward pass if gradients are needed; what was found is appended."
     size = len(labelled(batch)["labels"])
-    state = state_of(model)
-    opened = (state.gates if state else torch.ones(anatomy.exists.shape)).repeat(size, 1, 1)
-    gates = opened.to(next(model.parameters()).device).requires_grad_("gate_gradients" in needs)
+    gates = found.gates.repeat(size, 1, 1).to(next(model.parameters()).device).requires_grad_("gate_gradients" in needs)
     projections = [model.get_submodule(site.projection).weight for site in anatomy.sites] if "weight_gradients" in needs else []
     tap = _EntropyTap(anatomy, batch.get("attention_mask"), normalize=True)
     with ExitStack() as open_:
@@ -175,19 +174,21 @@ def _measure_batch(model: nn.Module, anatomy: Anatomy, batch: dict, needs: set[s
     gradients = list(torch.autograd.grad((losses * share).sum(), inputs)) if inputs else []
     if "gate_gradients" in needs:
         per_sample = gradients.pop(0) / share.detach().clamp(min=1e-12)[:, None, None]
-        found.gate_gradients.append((per_sample * gates).detach().cpu()[tokens.cpu() > 0])
+        found.gate_gradients.append(per_sample.detach().cpu()[tokens.cpu() > 0])
     if projections:
         rows = [columns_first(model.get_submodule(site.projection), gradient) for gradient, site in zip(gradients, anatomy.sites)]
         found.weight_gradients.append(_column_norms(anatomy, rows)[None])
     if "entropy" in needs:
         found.entropy.append(tap.stacked(anatomy))
 
-# %% ../nbs/14_importance.ipynb #b47d1cab
+# %% ../nbs/14_importance.ipynb #18f700d5
 def collect_quantities(model: nn.Module, dataloader, needs: set[str], num_batches: int | None = None) -> Quantities:
     "One pass over the batches that collects everything in `needs`. Modes, gradients and global random state are left as found."
     model = unwrap(model)
     anatomy = anatomy_of(model)
-    found = Quantities(anatomy.exists, _column_norms(anatomy, [projection_parts(model, site)["weight"] for site in anatomy.sites]))
+    state = state_of(model)
+    gates = state.gates.clone() if state else torch.ones(anatomy.exists.shape)
+    found = Quantities(anatomy.exists, gates=gates, weight_norms=_column_norms(anatomy, [projection_parts(model, site)["weight"] for site in anatomy.sites]))
     if needs <= {"weight_norms"}:
         return found
     weights = [model.get_submodule(site.projection).weight for site in anatomy.sites] if "weight_gradients" in needs else []
@@ -226,10 +227,10 @@ def criterion(name: str, needs: str | tuple = (), formula: str = "", source: str
 
     return register
 
-# %% ../nbs/14_importance.ipynb #3c70f471
+# %% ../nbs/14_importance.ipynb #26c7809c
 @criterion("taylor", needs="gate_gradients", formula="mean over samples of |g·∂L/∂g|", source="Michel et al. 2019, arXiv:1905.10650, eq. 2")
 def _taylor(found: Quantities) -> Tensor:
-    return found.per_sample("gate_gradients").abs()
+    return (found.gates * found.per_sample("gate_gradients")).abs()
 
 
 @criterion("gradient", needs="weight_gradients", formula="mean over batches of ‖∂L/∂W_h‖₂", source="the seeds' gradient strategy")

@@ -33,7 +33,7 @@ def hub_problem() -> str | None:
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
     return f"{constants.ENDPOINT} answers with error {answer.status_code}" if answer.status_code >= 500 else None
 
-# %% ../nbs/02_sources.ipynb #77954f13
+# %% ../nbs/02_sources.ipynb #5f125f78
 def _checked_name(what: str, name) -> str:
     "The name as a str, if it is one (or a path) and not blank."
     if not isinstance(name, (str, Path)):
@@ -58,14 +58,17 @@ _OTHER_MODELS = "Without a network: model_name='embedded:gpt2', 'embedded:llama'
 
 
 def _from_pretrained(source: str, local: bool, dtype) -> tuple:
-    "The pair as `transformers` loads it; raises if some weights are missing, which would be left random."
+    "The pair as `transformers` loads it; raises if weights or the vocabulary are missing, which it would make up without an error."
     model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local, output_loading_info=True, trust_remote_code=False)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"this is no complete causal language model, {len(missing)} of its tensors would be random: {', '.join(missing[:3])}…")
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    if not tokenizer.tokenize("a word"):
+        raise ValueError("there are no tokenizer files; write them beside the model: tokenizer.save_pretrained(folder)")
+    return model, tokenizer
 
-# %% ../nbs/02_sources.ipynb #863173db
+# %% ../nbs/02_sources.ipynb #3acfadfa
 def load_model(
     model_name,  # "embedded:gpt2", "embedded:llama", a local folder, or an id on the Hugging Face hub
     device=None,  # "cpu", "cuda", "cuda:1", "mps" or a `torch.device`; None: the CPU
@@ -78,7 +81,7 @@ def load_model(
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise WrongType(f"dtype is {dtype!r}; give a torch.dtype such as torch.float32, or 'auto'")
     device = "cpu" if device is None else current_policy(device).device
-    kind, colon, short = name.partition(":")
+    kind, _, short = name.partition(":")
     if kind == "embedded":
         if short not in EMBEDDED_MODELS:
             raise InvalidArgument(f"model_name is {name!r}; embedded are {', '.join(repr(f'embedded:{known}') for known in EMBEDDED_MODELS)}")
@@ -127,10 +130,14 @@ def _read_text_files(source: Path, split: str) -> list[str]:
         raise InvalidArgument(f"{source} has no split {split!r}; there are {', '.join(map(repr, names))}")
     return [text for path in names[split] for text in _paragraphs(path)]
 
-# %% ../nbs/02_sources.ipynb #93f333d5
+# %% ../nbs/02_sources.ipynb #7c9de6cd
 _MOVED = {"wikitext": "Salesforce/wikitext"}  # short ids that everybody knows: where they live now
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_OTHER_TEXTS = "Without a network: dataset_name='embedded' (its splits: {}), a .txt file, or a folder of text, JSON-lines or parquet files."
+
+
+def _other_texts() -> str:
+    splits = ", ".join(map(repr, embedded_manifest()))
+    return f"Without a network: dataset_name='embedded' (its splits: {splits}), a .txt file, or a folder of text, JSON-lines or parquet files."
 
 
 @contextmanager
@@ -158,7 +165,6 @@ def _load_dataset(name: str, config: str | None):
         args, options = (str(path) if path.is_dir() else _MOVED.get(name, name), config), {}
         problem = None if path.is_dir() else hub_problem()
     tried = f"there is no file or folder of that name here, and {problem}; " if problem else ""
-    other = _OTHER_TEXTS.format(", ".join(map(repr, embedded_manifest())))
     hint = "" if path.exists() or "/" in args[0] else f"Datasets on the hub are called owner/name, and {name!r} names no owner. "
     try:
         with _datasets_offline() if problem else nullcontext():
@@ -166,9 +172,9 @@ def _load_dataset(name: str, config: str | None):
     except Exception as error:  # OSError, ValueError, and errors of datasets' own
         if isinstance(error, ValueError) and "onfig" in str(error) and not problem:  # missing or unknown; the message lists them
             raise InvalidArgument(f"dataset_config is {config!r}, and {name!r} does not load with that: datasets says {_said(error, 3)}") from error
-        raise SourceUnavailable(f"cannot load the dataset {name!r}: {tried}datasets says {_said(error, 3)} {hint}{other}") from error
+        raise SourceUnavailable(f"cannot load the dataset {name!r}: {tried}datasets says {_said(error, 3)} {hint}{_other_texts()}") from error
 
-# %% ../nbs/02_sources.ipynb #034153da
+# %% ../nbs/02_sources.ipynb #a0bf0b1f
 def _text_column(features: dict, wanted: str | None, name: str) -> str:
     "The column to read: the one that is wanted, else `text`, else the only one of strings."
     kinds = {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}
@@ -193,9 +199,9 @@ def _dataset_texts(name: str, config, split: str, text_column):
     if split not in parts:
         raise InvalidArgument(f"{name!r} has no split {split!r}; there are {', '.join(map(repr, parts))}")
     column = _text_column(parts[split].features, text_column, name)
-    return (row[column] for row in parts[split].select_columns(column))
+    return (text for rows in parts[split].select_columns(column).iter(batch_size=1000) for text in rows[column])
 
-# %% ../nbs/02_sources.ipynb #eb63f59d
+# %% ../nbs/02_sources.ipynb #7342844d
 def _embedded_split(name: str, split: str | None) -> str:
     "The split that 'embedded' or 'embedded:SPLIT' means together with `split`."
     _, colon, named = name.partition(":")
@@ -240,7 +246,7 @@ def load_texts(
         _refuse(name, dataset_config, text_column)
         found = _read_text_files(path, split or "train")
     elif not path.exists() and (_means_a_path(name) or path.suffix.lower() in (".txt", *_FORMATS)):
-        raise SourceUnavailable(f"dataset_name is {name!r}, and there is no such file or folder. " + _OTHER_TEXTS.format(", ".join(map(repr, embedded_manifest()))))
+        raise SourceUnavailable(f"dataset_name is {name!r}, and there is no such file or folder. {_other_texts()}")
     else:
         found = _dataset_texts(name, dataset_config, split or "train", text_column)
     texts = list(islice((text for text in found if text and text.strip()), max_texts))

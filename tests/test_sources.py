@@ -58,6 +58,7 @@ def private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_models_that_cannot_be_had(tmp_path):
         load_model(tmp_path / "empty")
     model, tokenizer = load_embedded_model("gpt2")
     model.save_pretrained(tmp_path / "bare")
-    with pytest.raises(SourceUnavailable, match="that folder says"):  # no tokenizer
+    with pytest.raises(SourceUnavailable, match="that folder says.*no tokenizer files"):
         load_model(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     weights = tmp_path / "bare" / "model.safetensors"
@@ -283,7 +284,7 @@ def test_from_a_dataset_to_batches(wikitext):
 USERS_WORDS = """
 from neural_plasticity.sources import load_model, load_texts
 model, tokenizer = load_model(model_name="distilgpt2")
-assert model.num_parameters() == 5_918_720 or model.num_parameters() > 5e6
+assert model.num_parameters() == 5_918_720
 assert tokenizer.model_max_length == 512
 for split in ("train", "validation"):
     texts = load_texts(dataset_name="wikitext", dataset_config="wikitext-2-raw-v1", split=split)
@@ -295,8 +296,9 @@ def run(code, home, **environ):
     "Run code in a fresh Python with a Hugging Face cache of its own; return what it printed."
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     environ = kept | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"} | environ
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=home, env=environ, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=home, env=environ, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    assert "Retrying" not in result.stderr  # as huggingface_hub says before each of five pauses, 23 seconds together
     return result.stdout
 
 
@@ -344,8 +346,7 @@ def test_offline_with_an_empty_cache(tmp_path):
     assert out.count("offline mode is on (HF_HUB_OFFLINE)") == 4
 
 
-def test_an_unreachable_hub_is_asked_once_a_name(tmp_path):
-    # run() allows 60 seconds; left alone, transformers and datasets retry for 23 to 70 seconds a name
+def test_an_unreachable_hub_is_not_asked_again_and_again(tmp_path):
     out = run(NOTHING_THERE, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert out.count("http://127.0.0.1:9 cannot be reached") == 4
 
