@@ -101,14 +101,14 @@ class Anatomy:
     def _repr_html_(self):
         return f"<pre>{self}</pre>"
 
-# %% ../nbs/11_anatomy.ipynb #f1aebfd6
+# %% ../nbs/11_anatomy.ipynb #59163126
 def heads_to_mask(
     heads,  # pairs (layer, head), or a bool mask [L,H] (a tensor, an array or nested lists)
-    anatomy: Anatomy,
+    anatomy: Anatomy | Tensor,  # or its `exists` alone, bool [L,H]
 ) -> Tensor:  # bool [L,H] on the CPU
     "The heads meant, as a mask that fits the model. Raises `InvalidArgument` for heads that the model does not have."
-    shape = (anatomy.num_layers, anatomy.num_heads)
-    given = _as_tensor(heads)
+    exists = anatomy if isinstance(anatomy, Tensor) else anatomy.exists
+    shape, given = tuple(exists.shape), _as_tensor(heads)
     if given.dtype == torch.bool:
         if tuple(given.shape) != shape:
             raise InvalidArgument(f"the mask has shape {tuple(given.shape)}; this model has {shape[0]} layers of up to {shape[1]} heads, so it must "
@@ -124,7 +124,7 @@ def heads_to_mask(
             if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
                 raise InvalidArgument(f"there is no head ({layer}, {head}); layers are 0 to {shape[0] - 1}, heads 0 to {shape[1] - 1}")
             mask[layer, head] = True
-    missing = (mask & ~anatomy.exists).nonzero().tolist()
+    missing = (mask & ~exists).nonzero().tolist()
     if missing:
         raise InvalidArgument(f"the mask names heads that do not exist: {[tuple(pair) for pair in missing]}; see anatomy.exists")
     return mask

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Compensation', 'dense_again', 'CompensationReport', 'compensate_heads']
 
-# %% ../nbs/20_compensation.ipynb #ec568df7
+# %% ../nbs/20_compensation.ipynb #22faf4ee
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site
 from .errors import InvalidArgument
-from .gates import PlasticityState, ensure_state, gate_heads, projection_parts, put_to_sleep, rewrite_projections, state_of
-from .running import quiet, some_batches, uncompiled, unwrap
+from .gates import PlasticityState, gate_heads, projection_parts, put_to_sleep, rewrite_projections, state_of
+from .running import own_randomness, quiet, some_batches, uncompiled, unwrap
 
-# %% ../nbs/20_compensation.ipynb #bc05aa12
+# %% ../nbs/20_compensation.ipynb #fbaf1363
 @dataclass
 class Compensation:
     "Input statistics of one output projection, and the solution they give for any set of dormant heads."
@@ -26,6 +26,7 @@ class Compensation:
     cross: Tensor  # [C,C] float64: mean of x_p x_dᵀ
     mean_pruned: Tensor  # [C]
     mean_dense: Tensor  # [C]
+    energy: float  # mean squared norm of the dense layer's output, bias left out
     ridge: float
 
     def solve(self, original: dict[str, Tensor], asleep: Tensor) -> dict[str, Tensor]:
@@ -48,12 +49,12 @@ class Compensation:
         return solved
 
     def error(self, original: dict[str, Tensor], weight: dict[str, Tensor], asleep: Tensor) -> float:
-        "Mean squared difference to the dense layer's output, up to a constant that no weights can change."
+        "Mean squared difference to the dense layer's output on the tokens that the statistics are from."
         kept = ~self.columns[asleep].any(0)
         w, dense = weight["weight"].double()[kept], original["weight"].double()
         shift = (weight["bias"] - original["bias"]).double() if "bias" in weight else torch.zeros(dense.shape[1], dtype=torch.float64)
         quadratic = (w * (self.gram[kept][:, kept] @ w)).sum() - 2 * (w * (self.cross[kept] @ dense)).sum()
-        return float(quadratic + shift @ shift + 2 * shift @ (self.mean_pruned[kept] @ w - self.mean_dense @ dense))
+        return float(self.energy + quadratic + shift @ shift + 2 * shift @ (self.mean_pruned[kept] @ w - self.mean_dense @ dense))
 
 # %% ../nbs/20_compensation.ipynb #09c0cecb
 class _Seen(Exception):
@@ -100,9 +101,10 @@ def dense_again(model: nn.Module):
         for part, values in kept:
             part.copy_(values)
 
-# %% ../nbs/20_compensation.ipynb #4728d0de
-def _statistics(model: nn.Module, site: Site, batches: list[dict], ridge: float) -> Compensation:
-    size, tokens = site.columns.shape[1], 0
+# %% ../nbs/20_compensation.ipynb #7abb602e
+def _statistics(model: nn.Module, site: Site, batches: list[dict], original: dict[str, Tensor], ridge: float) -> Compensation:
+    size, tokens, energy = site.columns.shape[1], 0, 0.0
+    weight = original["weight"].double()
     gram, cross = torch.zeros(2, size, size, dtype=torch.float64)
     pruned_sum, dense_sum = torch.zeros(2, size, dtype=torch.float64)
     with dense_again(model):
@@ -113,14 +115,17 @@ def _statistics(model: nn.Module, site: Site, batches: list[dict], ridge: float)
         cross += (pruned.T @ dense).cpu()
         pruned_sum += pruned.sum(0).cpu()
         dense_sum += dense.sum(0).cpu()
+        energy += float((dense @ weight.to(dense.device)).pow(2).sum())
         tokens += len(pruned)
-    return Compensation(site.columns, gram / tokens, cross / tokens, pruned_sum / tokens, dense_sum / tokens, ridge)
+    if not torch.isfinite(gram).all() or not torch.isfinite(cross).all():
+        raise InvalidArgument(f"the inputs of {site.projection} are NaN or infinite on these batches; look for them in the model's weights")
+    return Compensation(site.columns, gram / tokens, cross / tokens, pruned_sum / tokens, dense_sum / tokens, energy / tokens, ridge)
 
-# %% ../nbs/20_compensation.ipynb #c15613ce
+# %% ../nbs/20_compensation.ipynb #da78d0f2
 @dataclass(frozen=True)
 class CompensationReport:
     "What compensation achieved: for each layer, how much of the damage to its output was undone on the batches it was solved on."
-    undone: dict[int, float]  # layer → share of the mean squared output error that is gone
+    undone: dict[int, float]  # layer → share of the mean squared error of its output that is gone
     tokens: int  # tokens it was solved on
 
     def __str__(self):
@@ -140,14 +145,14 @@ def compensate_heads(
     model = unwrap(model)
     if not ridge > 0:
         raise InvalidArgument(f"ridge is {ridge}; it must be above 0")
-    if mask is not None:
-        put_to_sleep(model, mask)
-    state = state_of(model)
-    if state is None or not state.dormant.any():
-        raise InvalidArgument("no head is dormant, so there is nothing to make up for; give a mask, or prune first")
     undone, tokens = {}, 0
-    with quiet(model), uncompiled():
+    with own_randomness(), quiet(model), uncompiled():
         batches = list(some_batches(dataloader, model, num_batches))
+        if mask is not None:
+            put_to_sleep(model, mask)  # not before the batches are there
+        state = state_of(model)
+        if state is None or not state.dormant.any():
+            raise InvalidArgument("no head is dormant, so there is nothing to make up for; give a mask, or prune first")
         first = min(layer for layer, _ in state.dormant.nonzero().tolist())
         for site in state.anatomy.sites[first:]:
             if state.dormant[site.index].any():
@@ -155,14 +160,12 @@ def compensate_heads(
     tokens = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else next(iter(b.values())).shape[:2].numel() for b in batches)
     return CompensationReport(undone, tokens)
 
-# %% ../nbs/20_compensation.ipynb #7ee787ea
+# %% ../nbs/20_compensation.ipynb #6e4478bc
 def _compensate_layer(model: nn.Module, state: PlasticityState, site: Site, batches: list[dict], ridge: float) -> float:
     "Solve one layer; returns the share of its output error that is undone."
     asleep = state.dormant[site.index, : site.num_heads]
     original = state.original.get(site.index) or {name: part.detach().cpu().clone() for name, part in projection_parts(model, site).items()}
-    solution = state.compensation[site.index] = _statistics(model, site, batches, ridge)
+    solution = state.compensation[site.index] = _statistics(model, site, batches, original, ridge)
     rewrite_projections(model, layers=[site.index])
-    everything = torch.zeros_like(asleep)
-    floor = solution.error(original, original, everything)  # what the dense weights would leave, given the pruned model's inputs
-    before, after = (solution.error(original, w, asleep) for w in (original, solution.solve(original, asleep)))
-    return (before - after) / max(before - floor, 1e-30)
+    before, after = (solution.error(original, weight, asleep) for weight in (original, solution.solve(original, asleep)))
+    return 1 - after / max(before, 1e-30)

@@ -6,7 +6,7 @@
 __all__ = ['CRITERIA', 'measure_entropy', 'analyze_attention_patterns', 'Quantities', 'collect_quantities', 'Criterion',
            'criterion', 'combined_unimportance', 'HeadScores', 'measure_heads', 'calculate_head_gradients']
 
-# %% ../nbs/14_importance.ipynb #0c6c3a08
+# %% ../nbs/14_importance.ipynb #93e87116
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .anatomy import Anatomy, anatomy_of, columns_first
 from .entropy import attention_entropy, map_entropy, normalize_entropy, visible_keys
 from .errors import InvalidArgument
 from .gates import gate_heads, projection_parts, state_of
-from .running import gradients_for, labelled, placed, quiet, sample_losses, some_batches, uncompiled, unwrap
+from .running import gradients_for, labelled, own_randomness, placed, quiet, sample_losses, some_batches, uncompiled, unwrap
 from .taps import AttentionCall, observe_attention, visible_attention
 
 # %% ../nbs/14_importance.ipynb #d4122d02
@@ -63,7 +63,7 @@ class _EntropyTap:
             values[:, layer, : entropy.shape[1]] = entropy.cpu()
         return values
 
-# %% ../nbs/14_importance.ipynb #e821b3ab
+# %% ../nbs/14_importance.ipynb #1d918718
 def _owners(anatomy: Anatomy) -> set[str]:
     return {site.name for site in anatomy.sites}
 
@@ -79,7 +79,7 @@ def measure_entropy(
     model = unwrap(model)
     anatomy = anatomy_of(model)
     samples = []
-    with quiet(model), uncompiled(), visible_attention(model):
+    with own_randomness(), quiet(model), uncompiled(), visible_attention(model):  # starting a DataLoader draws a random number
         for batch in some_batches(dataloader, model, num_batches):
             tap = _EntropyTap(anatomy, batch.get("attention_mask"), normalize)
             with observe_attention(model, tap, _owners(anatomy)):
@@ -156,10 +156,13 @@ def _column_norms(anatomy: Anatomy, weights: list[Tensor]) -> Tensor:
         norms[site.index, : site.num_heads] = (site.columns.float() @ squares).sqrt()
     return norms
 
-# %% ../nbs/14_importance.ipynb #5a1c72bb
+# %% ../nbs/14_importance.ipynb #7d9efa4e
 def _measure_batch(model: nn.Module, anatomy: Anatomy, batch: dict, needs: set[str], found: Quantities) -> None:
     "One forward pass, and one backward pass if gradients are needed; what was found is appended."
-    size = len(labelled(batch)["labels"])
+    labels = labelled(batch)["labels"]
+    if not (labels != -100).any():
+        return  # nothing but padding
+    size = len(labels)
     gates = found.gates.repeat(size, 1, 1).to(next(model.parameters()).device).requires_grad_("gate_gradients" in needs)
     projections = [model.get_submodule(site.projection).weight for site in anatomy.sites] if "weight_gradients" in needs else []
     tap = _EntropyTap(anatomy, batch.get("attention_mask"), normalize=True)
@@ -181,7 +184,7 @@ def _measure_batch(model: nn.Module, anatomy: Anatomy, batch: dict, needs: set[s
     if "entropy" in needs:
         found.entropy.append(tap.stacked(anatomy))
 
-# %% ../nbs/14_importance.ipynb #18f700d5
+# %% ../nbs/14_importance.ipynb #889c6c93
 def collect_quantities(model: nn.Module, dataloader, needs: set[str], num_batches: int | None = None) -> Quantities:
     "One pass over the batches that collects everything in `needs`. Modes, gradients and global random state are left as found."
     model = unwrap(model)
@@ -193,9 +196,11 @@ def collect_quantities(model: nn.Module, dataloader, needs: set[str], num_batche
         return found
     weights = [model.get_submodule(site.projection).weight for site in anatomy.sites] if "weight_gradients" in needs else []
     gradients = bool(needs & {"gate_gradients", "weight_gradients"})
-    with quiet(model), uncompiled(), visible_attention(model), gradients_for(weights), torch.set_grad_enabled(gradients):
+    with own_randomness(), quiet(model), uncompiled(), visible_attention(model), gradients_for(weights), torch.set_grad_enabled(gradients):
         for batch in some_batches(dataloader, model, num_batches):
             _measure_batch(model, anatomy, batch, needs, found)
+    if not (found.gate_gradients or found.weight_gradients or found.entropy):
+        raise InvalidArgument("no batch has a label other than -100, so there is nothing to measure; check labels and padding")
     return found
 
 # %% ../nbs/14_importance.ipynb #2fb35112

@@ -6,9 +6,10 @@
 __all__ = ['PruningStrategy', 'PruningMode', 'strategy_name', 'lowest_heads', 'generate_pruning_mask', 'apply_pruning_mask',
            'choose_heads']
 
-# %% ../nbs/23_pruning.ipynb #c232a2ce
+# %% ../nbs/23_pruning.ipynb #baee28d9
 import math
 from enum import Enum
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,13 @@ def strategy_name(strategy) -> str:
         raise InvalidArgument(f"unknown strategy {strategy!r}; there are {', '.join(known)}")
     return name
 
-# %% ../nbs/23_pruning.ipynb #f46f6ca8
+# %% ../nbs/23_pruning.ipynb #4f603578
 def _score_map(values, name: str, exists: Tensor | None, shape: tuple | None) -> Tensor:
     "A finite float [L,H] on the CPU; NaN is allowed only where no head exists."
-    tensor = values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    try:
+        tensor = values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(f"{name} is {values!r:.100}; it must be numbers [layers, heads]") from error
     if tensor.dim() != 2 or 0 in tensor.shape:
         raise InvalidArgument(f"{name} has shape {tuple(tensor.shape)}; it must be [layers, heads]. One sequence's entropies are entropy_values[0]")
     if shape is not None and tuple(tensor.shape) != shape:
@@ -68,8 +72,8 @@ def _score_map(values, name: str, exists: Tensor | None, shape: tuple | None) ->
 
 
 def _fraction(prune_percent) -> float:
-    if isinstance(prune_percent, bool) or not isinstance(prune_percent, (int, float)) or not 0 <= prune_percent <= 1:
-        hint = f", so {prune_percent:g} % is prune_percent={prune_percent / 100:g}" if isinstance(prune_percent, (int, float)) and 1 < prune_percent <= 100 else " between 0 and 1"
+    if isinstance(prune_percent, bool) or not isinstance(prune_percent, Real) or not 0 <= prune_percent <= 1:
+        hint = f", so {prune_percent:g} % is prune_percent={prune_percent / 100:g}" if isinstance(prune_percent, Real) and 1 < prune_percent <= 100 else " between 0 and 1"
         raise InvalidArgument(f"prune_percent is {prune_percent!r}; it is a fraction{hint}")
     return float(prune_percent)
 
@@ -94,12 +98,14 @@ def lowest_heads(scores: Tensor, count: int, allowed: Tensor, exists: Tensor, mi
             count -= 1
     return mask
 
-# %% ../nbs/23_pruning.ipynb #e776e3e9
+# %% ../nbs/23_pruning.ipynb #02f7dc62
 def _unimportance(name, gradient, entropy, exists, random_seed) -> Tensor:
     "What the seeds' strategies sort by, negated to a score: higher = keep."
     if name == "random":
+        if random_seed is not None and (isinstance(random_seed, bool) or not isinstance(random_seed, Integral)):
+            raise InvalidArgument(f"random_seed is {random_seed!r}; it is a whole number, or None for a different draw every time")
         generator = torch.Generator()
-        generator.manual_seed(random_seed) if random_seed is not None else generator.seed()
+        generator.manual_seed(int(random_seed)) if random_seed is not None else generator.seed()
         return torch.rand(exists.shape, generator=generator, dtype=torch.float64)
     if name == "gradient":
         return gradient
@@ -139,14 +145,10 @@ def generate_pruning_mask(
 
 
 def _exclusion(exclude, exists: Tensor) -> Tensor:
-    if isinstance(exclude, Tensor) and exclude.dtype == torch.bool:
-        if exclude.shape != exists.shape:
-            raise InvalidArgument(f"exclude has shape {tuple(exclude.shape)}, the scores {tuple(exists.shape)}")
-        return exclude.cpu()
-    mask = torch.zeros_like(exists)
-    for layer, head in exclude:
-        mask[layer, head] = True
-    return mask
+    try:
+        return heads_to_mask(exclude, exists)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"exclude: {error}") from error
 
 # %% ../nbs/23_pruning.ipynb #85fa8599
 def apply_pruning_mask(

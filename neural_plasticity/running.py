@@ -6,11 +6,11 @@
 __all__ = ['unwrap', 'example_inputs', 'to_device', 'some_batches', 'labelled', 'quiet', 'placed', 'own_randomness',
            'gradients_for', 'uncompiled', 'sample_losses']
 
-# %% ../nbs/03_running.ipynb #0e7b2f1f
+# %% ../nbs/03_running.ipynb #7e7be5d7
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from weakref import WeakKeyDictionary
@@ -54,7 +54,7 @@ def example_inputs(
     raise UnsupportedModel(f"{type(model).__name__} takes {kind!r}, and no example of that can be made from its config; "
                            "give one: example={...}, a dict as the model's forward takes it")
 
-# %% ../nbs/03_running.ipynb #24997f6e
+# %% ../nbs/03_running.ipynb #57670ce8
 def to_device(batch: Mapping, device) -> dict:
     "The batch with all its tensors on the device."
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -68,11 +68,16 @@ def some_batches(
     "The batches to work on. Raises if there is none, or if they are no dicts."
     if num_batches is not None and (isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1):
         raise InvalidArgument(f"the number of batches is {num_batches!r}; it must be a whole number of at least 1, or None for all")
+    if not isinstance(dataloader, Iterable):
+        raise WrongType(f"the dataloader is {dataloader!r:.50}; it must yield batches: a DataLoader, or a list of dicts")
     device, count = next(model.parameters()).device, 0
     for count, batch in enumerate(islice(iter(dataloader), num_batches), start=1):
         if not isinstance(batch, Mapping):
             raise WrongType(f"a batch is a {type(batch).__name__}; batches must be dicts as the model takes them, such as "
                             "{'input_ids': ..., 'attention_mask': ..., 'labels': ...} (text_dataloader makes them)")
+        empty = [name for name, value in batch.items() if isinstance(value, Tensor) and value.is_meta and device.type != "meta"]
+        if empty:
+            raise InvalidArgument(f"{empty} of the batch are on the meta device, that is, without numbers; give tensors that hold some")
         yield to_device(batch, device)
     if count == 0:
         raise InvalidArgument("the dataloader is empty: it yielded no batch. An iterator can be used up; give a DataLoader or a list")
@@ -172,7 +177,7 @@ def _find_shift(model: nn.Module, batch: Mapping, logits: Tensor, loss: Tensor) 
     mean = float((losses * tokens).sum() / tokens.sum())
     return shift if math.isclose(mean, float(loss), rel_tol=2e-2 if logits.dtype.itemsize < 4 else 1e-4) else None
 
-# %% ../nbs/03_running.ipynb #9fd5f50a
+# %% ../nbs/03_running.ipynb #2c115afd
 def sample_losses(
     model: nn.Module,
     batch: Mapping,  # with labels: [B,T] (-100 = not counted) or [B] for classification
@@ -191,10 +196,10 @@ def sample_losses(
         raise InvalidArgument(f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; labels must be [B,T] with logits [B,T,V], or [B] with [B,C]")
     if inner not in _shifted:
         if bool((labels != -100).any()) and not torch.isfinite(outputs.loss):
-            raise InvalidArgument(f"the loss of {type(inner).__name__} is {float(outputs.loss)}; check its weights, its dtype and the labels")
-        shift = _find_shift(model, batch, logits, outputs.loss) if bool((labels != -100).any()) else None
+            raise InvalidArgument(f"the loss of {type(inner).__name__} is {outputs.loss.item()}; check its weights, its dtype and the labels")
+        shift = _find_shift(model, batch, logits.detach(), outputs.loss.detach()) if bool((labels != -100).any()) else None
         if shift is None:
-            raise UnsupportedModel(f"the loss of {type(inner).__name__} ({float(outputs.loss):.4f}) is no plain mean cross-entropy over labels, shifted or not; "
+            raise UnsupportedModel(f"the loss of {type(inner).__name__} ({outputs.loss.item():.4f}) is no plain mean cross-entropy over labels, shifted or not; "
                                    "give batches with labels (not all -100), and switch auxiliary losses off")
         _shifted[inner] = shift
     return _sequence_losses(logits, labels, _shifted[inner])

@@ -148,7 +148,7 @@ class _Operation:
             module.register_parameter(leaf, parameter)
             _sync_linear(module)
 
-# %% ../nbs/21_surgery.ipynb #c0852a6a
+# %% ../nbs/21_surgery.ipynb #792354f7
 def _attempts(choices: dict, limit: int = 256):
     "Combinations of attribute changes, those that change most first, each a list of (attribute, layer, value)."
     options = [[*range(max(len(new) for _, new in changes)), None] for changes in choices.values()]  # None: leave it alone
@@ -157,15 +157,15 @@ def _attempts(choices: dict, limit: int = 256):
                for ((_, name), changes), choice in zip(choices.items(), pick) if choice is not None for layer, new in changes]
 
 
-def _prove(model: nn.Module, example: dict, expected: dict[str, Tensor]) -> str | None:
-    "None if the cut model gives what the gated one gave, else what went wrong."
+def _prove(model: nn.Module, example: dict, expected: dict[str, Tensor]) -> tuple[str | None, float]:
+    "None if the cut model gives what the gated one gave, else what went wrong; and by how much the two differ."
     try:
         found = _outputs(model, example)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:  # sizes that do not fit: whatever the model's code makes of them
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", float("inf")
     way, difference = _difference(found, expected)
     tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-5)
-    return None if difference <= tolerance else f"the {way} output differs by {difference:.1e}; {tolerance:.0e} is allowed"
+    return None if difference <= tolerance else f"the {way} output differs by {difference:.1e}; {tolerance:.0e} is allowed", difference
 
 # %% ../nbs/21_surgery.ipynb #3076d9a4
 @dataclass(frozen=True)
@@ -189,30 +189,7 @@ def _refuse_other_dormant(model: nn.Module, mask: Tensor) -> None:
         raise InvalidArgument(f"heads {others or list(state_of(model).warmup)} are dormant or warming up and not in the mask; removal renumbers heads. "
                               "Remove them too, or restore them first")
 
-# %% ../nbs/21_surgery.ipynb #b83dae48
-def _operate(operation: _Operation, anatomy: Anatomy, mask: Tensor, example: dict, expected: dict) -> dict[str, int]:
-    "Cut, then try attribute changes until the proof passes; returns how often each attribute was changed. Undoes everything if nothing passes."
-    model, failures = operation.model, []
-    choices = _attribute_choices(model, anatomy, mask)
-    try:
-        for name, dim, index in exclusive_slices(anatomy, mask):
-            operation.cut(name, dim, index)
-        for attempt in _attempts(choices):
-            for name, layer, value in attempt:
-                operation.set(model.get_submodule(anatomy.sites[layer].name), name, value)
-            problem = _prove(model, example, expected)
-            if problem is None:
-                return dict(Counter(name for name, _, _ in attempt))
-            failures.append(problem)
-            operation.unset()
-    except BaseException:
-        operation.undo()
-        raise
-    operation.undo()
-    raise NotRemovable(f"no cut could be proven in {len(failures)} attempts; the model is as it was. The first: {failures[0]}. "
-                       "Gate these heads instead (mode='gate')")
-
-
+# %% ../nbs/21_surgery.ipynb #2d87bd31
 def kept_heads(model: nn.Module) -> list[list[int]] | None:
     "For each layer, which of its original heads a model still has; None if nothing was ever removed from it."
     kept = unwrap(model).__dict__.get("plasticity_kept")
@@ -223,7 +200,32 @@ def _remember(model: nn.Module, anatomy: Anatomy, mask: Tensor) -> None:
     kept = kept_heads(model) or [list(range(site.num_heads)) for site in anatomy.sites]
     model.plasticity_kept = [[head for head, gone in zip(layer, mask[index].tolist()) if not gone] for index, layer in enumerate(kept)]
 
-# %% ../nbs/21_surgery.ipynb #548540c5
+# %% ../nbs/21_surgery.ipynb #6e4b5c03
+def _operate(operation: _Operation, anatomy: Anatomy, mask: Tensor, example: dict, expected: dict) -> tuple[dict[str, int], float]:
+    """Cut, then try attribute changes until the proof passes; returns how often each attribute was changed, and the difference that the proof saw.
+    Undoes everything if nothing passes, or if anything strikes on the way."""
+    model, failures = operation.model, []
+    choices = _attribute_choices(model, anatomy, mask)
+    try:
+        for name, dim, index in exclusive_slices(anatomy, mask):
+            operation.cut(name, dim, index)
+        for attempt in _attempts(choices):
+            for name, layer, value in attempt:
+                operation.set(model.get_submodule(anatomy.sites[layer].name), name, value)
+            problem, difference = _prove(model, example, expected)
+            if problem is None:
+                _remember(model, anatomy, mask)
+                return dict(Counter(name for name, _, _ in attempt)), difference
+            failures.append(problem)
+            operation.unset()
+    except BaseException:
+        operation.undo()
+        raise
+    operation.undo()
+    raise NotRemovable(f"no cut could be proven in {len(failures)} attempts; the model is as it was. The first: {failures[0]}. "
+                       "Gate these heads instead (mode='gate')")
+
+# %% ../nbs/21_surgery.ipynb #1ed3cc6f
 def remove_heads(
     model: nn.Module,
     mask,  # heads to remove: bool [L,H], or pairs (layer, head)
@@ -249,7 +251,5 @@ def remove_heads(
         with gate_heads(model, mask):
             expected = _outputs(model, example)
         with gates_lifted(model):
-            attributes = _operate(_Operation(model), anatomy, mask, example, expected)
-        difference = _difference(_outputs(model, example), expected)[1]
-    _remember(model, anatomy, mask)
+            attributes, difference = _operate(_Operation(model), anatomy, mask, example, expected)
     return RemovalReport(removed, before, sum(p.numel() for p in model.parameters()), attributes, difference)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_FILE', 'PlasticityCallback', 'PlasticityTrainer']
 
-# %% ../nbs/31_trainer.ipynb #86216e26
+# %% ../nbs/31_trainer.ipynb #0ed8f974
 import json
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .anatomy import anatomy_of
 from .errors import EnvironmentProblem, InvalidArgument
@@ -110,7 +110,7 @@ def _as_dataloader(batches) -> DataLoader:
         raise InvalidArgument("the dataloader is empty: there is nothing to train on")
     return DataLoader(list(batches) if isinstance(batches, tuple) else batches if isinstance(batches, list) else _Batches(batches), batch_size=None)
 
-# %% ../nbs/31_trainer.ipynb #b4b8c778
+# %% ../nbs/31_trainer.ipynb #152bb37e
 def _training_arguments(model: nn.Module, folder: str, learning_rate: float, max_steps: int) -> TrainingArguments:
     "Quiet defaults: nothing is saved, logged elsewhere or evaluated by itself, and the model stays on its device."
     arguments = TrainingArguments(
@@ -147,6 +147,8 @@ class PlasticityTrainer(Trainer):
                                      "start one process a GPU (torchrun or accelerate launch), or show this one a single GPU")
         with own_randomness():  # Trainer's constructor seeds everything
             super().__init__(model=model, args=args, **kwargs)
+        if self._folder is not None:
+            self.remove_callback(PrinterCallback)
         self.ready_train, self.ready_eval = train_dataloader, eval_dataloader
         self.plasticity = PlasticityCallback(schedule, regrow_dataloader if schedule else None, pruned_heads,
                                              pruned_head_lr_multiplier if use_differential_lr else 1.0)

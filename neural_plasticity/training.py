@@ -29,7 +29,7 @@ from .trainer import PlasticityCallback, PlasticityTrainer
 
 _all_ = ["PlasticityCallback", "PlasticityTrainer", "get_plasticity_optimizer"]
 
-# %% ../nbs/31_training.ipynb #5837ffe7
+# %% ../nbs/31_training.ipynb #7828d150
 HISTORY_KEYS = ("step", "train_loss", "eval_loss", "perplexity", "learning_rate", "active_heads", "pruned_heads", "revived_heads")
 
 
@@ -57,7 +57,7 @@ class _Recorder(TrainerCallback):
         if self.progress:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=state.max_steps, desc="training", leave=False)
+            self.bar = tqdm(total=state.max_steps, desc="training", leave=False, disable=None)  # None: no bars in log files
         control.should_training_stop = not self._record(model, state, lr_scheduler)
 
     def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):

@@ -1,0 +1,3 @@
+# Activate the existing virtual environment
+source .venv/bin/activate  # On Linux/Mac
+.venv\Scripts\activate     # On Windows

@@ -1,0 +1,2 @@
+# Fix and run the notebook
+python scripts/run_neural_plasticity_notebook_e2e.py
