@@ -171,7 +171,7 @@ def columns_first(linear: nn.Module, weight: Tensor) -> Tensor:
     "A linear layer's weight, or something of its shape, as [inputs, outputs] (a view)."
     return weight if output_dim(linear) == 1 else weight.T
 
-# %% ../nbs/11_anatomy.ipynb #384279b2
+# %% ../nbs/11_anatomy.ipynb #ef3ba31a
 class _Recording:
     "What one forward pass shows: attention calls, the projection each one reaches, linear outputs."
 
@@ -207,7 +207,8 @@ class _Recording:
         handles = []
         try:
             for name, module in self.linears.items():
-                handles.append(module.register_forward_pre_hook(lambda m, a, name=name: self.linear_input(name, m, a)))
+                # before any gate: dormant heads are heads too
+                handles.append(module.register_forward_pre_hook(lambda m, a, name=name: self.linear_input(name, m, a), prepend=True))
                 handles.append(module.register_forward_hook(lambda m, a, o, name=name: self.linear_output(name, m, a, o)))
             with observe_attention(model, self.attention):
                 yield

@@ -156,7 +156,7 @@ def _column_norms(anatomy: Anatomy, weights: list[Tensor]) -> Tensor:
         norms[site.index, : site.num_heads] = (site.columns.float() @ squares).sqrt()
     return norms
 
-# %% ../nbs/14_importance.ipynb #7d9efa4e
+# %% ../nbs/14_importance.ipynb #939db18b
 def _measure_batch(model: nn.Module, anatomy: Anatomy, batch: dict, needs: set[str], found: Quantities) -> None:
     "One forward pass, and one backward pass if gradients are needed; what was found is appended."
     labels = labelled(batch)["labels"]
@@ -172,9 +172,10 @@ def _measure_batch(model: nn.Module, anatomy: Anatomy, batch: dict, needs: set[s
         if "entropy" in needs:
             open_.enter_context(observe_attention(model, tap, _owners(anatomy)))
         losses, tokens = sample_losses(model, batch)
-    share = tokens / tokens.sum()
-    inputs = [gates] * ("gate_gradients" in needs) + projections
-    gradients = list(torch.autograd.grad((losses * share).sum(), inputs)) if inputs else []
+        share = tokens / tokens.sum()
+        inputs = [gates] * ("gate_gradients" in needs) + projections
+        # still inside: the columns of zeroed heads are only there while the gates are open
+        gradients = list(torch.autograd.grad((losses * share).sum(), inputs)) if inputs else []
     if "gate_gradients" in needs:
         per_sample = gradients.pop(0) / share.detach().clamp(min=1e-12)[:, None, None]
         found.gate_gradients.append(per_sample.detach().cpu()[tokens.cpu() > 0])

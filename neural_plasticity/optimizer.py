@@ -16,7 +16,7 @@ from .errors import InvalidArgument
 from .gates import state_of
 from .running import unwrap
 
-# %% ../nbs/31_optimizer.ipynb #c9c55850
+# %% ../nbs/31_optimizer.ipynb #74abe1e4
 class HeadwiseUpdates:
     "Corrects head slices around every step of an optimizer. `remove()` takes the hooks off."
 
@@ -66,7 +66,7 @@ class HeadwiseUpdates:
         for handle in self.handles:
             handle.remove()
 
-
+# %% ../nbs/31_optimizer.ipynb #15c3a3b7
 def headwise_updates(
     optimizer: Optimizer,
     model: nn.Module,

@@ -98,7 +98,7 @@ def lowest_heads(scores: Tensor, count: int, allowed: Tensor, exists: Tensor, mi
             count -= 1
     return mask
 
-# %% ../nbs/23_pruning.ipynb #02f7dc62
+# %% ../nbs/23_pruning.ipynb #772576dd
 def _unimportance(name, gradient, entropy, exists, random_seed) -> Tensor:
     "What the seeds' strategies sort by, negated to a score: higher = keep."
     if name == "random":
@@ -113,7 +113,7 @@ def _unimportance(name, gradient, entropy, exists, random_seed) -> Tensor:
         raise InvalidArgument(f"strategy {name!r} needs entropy_values, [L,H] (one sequence's are analyze_attention_patterns(...)['entropy_values'][0])")
     return -entropy if name == "entropy" else -combined_unimportance(entropy, gradient, exists)
 
-
+# %% ../nbs/23_pruning.ipynb #1937f2d3
 def generate_pruning_mask(
     grad_norm_values,  # [L,H] gradient norms; None with scores=
     prune_percent: float = 0.1,  # a fraction of the existing heads, in [0, 1]

@@ -110,18 +110,18 @@ def _as_dataloader(batches) -> DataLoader:
         raise InvalidArgument("the dataloader is empty: there is nothing to train on")
     return DataLoader(list(batches) if isinstance(batches, tuple) else batches if isinstance(batches, list) else _Batches(batches), batch_size=None)
 
-# %% ../nbs/31_trainer.ipynb #152bb37e
+# %% ../nbs/31_trainer.ipynb #7617fc0a
 def _training_arguments(model: nn.Module, folder: str, learning_rate: float, max_steps: int) -> TrainingArguments:
     "Quiet defaults: nothing is saved, logged elsewhere or evaluated by itself, and the model stays on its device."
     arguments = TrainingArguments(
         output_dir=folder, max_steps=max_steps, learning_rate=learning_rate, use_cpu=next(model.parameters()).device.type == "cpu",
-        save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
+        save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="linear",
         dataloader_pin_memory=False, remove_unused_columns=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would replicate modules without their gates
     return arguments
 
-
+# %% ../nbs/31_trainer.ipynb #fd06aa1e
 class PlasticityTrainer(Trainer):
     "A `transformers.Trainer` with head-wise learning rates, dormant heads that stay put, and ready dataloaders."
 
