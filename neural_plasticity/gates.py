@@ -249,7 +249,7 @@ def _wake(model: nn.Module, mask: Tensor, warmup_steps: int) -> list[tuple[int, 
         _push_gates(model)
     return heads
 
-# %% ../nbs/12_gates.ipynb #4f2eac37
+# %% ../nbs/12_gates.ipynb #b43b5c25
 def revive_heads(
     model: nn.Module,
     heads,  # dormant heads: pairs (layer, head), or a bool mask [L,H]
@@ -271,13 +271,13 @@ def restore_heads(
     return _wake(model, _asleep_or_raise(model, heads), 0)
 
 
-def advance_warmup(model: nn.Module) -> None:
-    "One step of warm-up for the heads that are being revived. Once a head's gate is open, the warm-up is over."
+def advance_warmup(model: nn.Module, to_the_end: bool = False) -> None:
+    "One step of warm-up for the heads that are being revived, or all that are left. Once a head's gate is open, its warm-up is over."
     state = state_of(model)
     if state is None or not state.warmup:
         return
     for head, steps in list(state.warmup.items()):
-        steps[0] += 1
+        steps[0] = steps[1] if to_the_end else steps[0] + 1
         state.gates[head] = steps[0] / steps[1]
         if steps[0] >= steps[1]:
             del state.warmup[head]

@@ -22,7 +22,7 @@ from .optimizer import headwise_updates
 from .regrowth import PlasticitySchedule, regrow
 from .running import own_randomness
 
-# %% ../nbs/31_trainer.ipynb #a9011582
+# %% ../nbs/31_trainer.ipynb #bf4a17a4
 STATE_FILE = "plasticity_gates.json"
 
 
@@ -60,6 +60,8 @@ class PlasticityCallback(TrainerCallback):
             self.revived += revived
             if revived and self.on_change:
                 self.on_change(state.global_step, revived)
+        if state.global_step >= state.max_steps:
+            advance_warmup(model, to_the_end=True)  # a finished model has gates that are open or closed
 
     def on_save(self, args, state, control, model=None, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
