@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEP', 'small_slice', 'highest_level', 'Explorer', 'explore']
 
-# %% ../nbs/51_widgets.ipynb #95827d92
+# %% ../nbs/51_widgets.ipynb #ece7e151
 import base64
+import hashlib
 import html
 import math
 import os
@@ -143,14 +144,14 @@ def _assembled(level, strategy, *parts):
     row = widgets.HBox([level, strategy], layout=widgets.Layout(flex_flow="row wrap"))
     return widgets.VBox([row, *parts], layout=widgets.Layout(max_width="100%"))
 
-# %% ../nbs/51_widgets.ipynb #5a14a89c
+# %% ../nbs/51_widgets.ipynb #d62cb46c
 class Explorer:
     """Two controls, `level` and `strategy` (set their `.value`), and what their position gives: `scores` and `mask` [L,H], `figure`, `perplexity`
     and `sample`; beside them the model's own `dense_perplexity` and `dense_sample`. `widget` holds all that is shown. Made by `explore`."""
 
     def __init__(self, model, tokenizer, maps, batches, prompt, new_tokens, level, strategy):
         self.model, self.tokenizer, self.maps, self.batches, self.prompt, self.new_tokens = model, tokenizer, maps, batches, prompt, new_tokens
-        self.exists, asleep = anatomy_of(model).exists, dormant_heads(model)
+        self.exists, asleep, self.start = anatomy_of(model).exists, dormant_heads(model), (level, strategy)
         self.level, self.strategy = _controls(level, highest_level(self.exists, asleep), strategy, list(maps))
         dense = evaluate_model(model, batches)
         self.dense_perplexity, self.tokens = dense["perplexity"], dense["tokens"]
@@ -183,7 +184,7 @@ class Explorer:
         display({"text/html": _static_html(self), "text/plain": repr(self)}, raw=True)
         display(self.widget)
 
-# %% ../nbs/51_widgets.ipynb #234f5fce
+# %% ../nbs/51_widgets.ipynb #26fc53cb
 def _update(explorer: Explorer) -> None:
     "Mask, figure, numbers and text for the position of the controls."
     model, strategy = explorer.model, explorer.strategy.value
@@ -202,7 +203,9 @@ def _update(explorer: Explorer) -> None:
 
 
 def _static_class(explorer: Explorer) -> str:
-    return f"plasticity-static-{explorer.widget.model_id}"
+    "A name for the static output that is the same in every run, and another one for another explorer."
+    about = f"{explorer.dense_perplexity} {explorer.dense_sample} {list(explorer.maps)} {explorer.start}"
+    return f"plasticity-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
 
 def _static_html(explorer: Explorer) -> str:
