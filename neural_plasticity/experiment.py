@@ -6,7 +6,7 @@
 __all__ = ['ExperimentConfig', 'Prepared', 'prepare_experiment', 'RunFolder', 'ExperimentResult', 'run_experiment',
            'comparison_table', 'read_record']
 
-# %% ../nbs/50_experiment.ipynb #d05c61b4
+# %% ../nbs/50_experiment.ipynb #b454de83
 import copy
 import json
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .anatomy import anatomy_of
 from .data import text_dataloader
 from .environment import get_environment_info
 from .errors import InvalidArgument, NotRemovable, WrongType
@@ -197,7 +198,7 @@ def _run_arm(name: str, prepared: Prepared, folder: RunFolder, progress: bool) -
     folder.record("arm", arm=name, perplexity=perplexity, pruned_heads=arm["pruned_heads"], revived_heads=arm["revived_heads"], recovery_rate=arm.get("recovery_rate"))
     return arm | {"model": model}
 
-# %% ../nbs/50_experiment.ipynb #9ce344c2
+# %% ../nbs/50_experiment.ipynb #902ba72c
 def _cut(arm: dict, prepared: Prepared, folder: RunFolder) -> tuple[nn.Module, str]:
     "The finished model with its dormant heads cut out, or as it is if that cannot be done exactly; and which of the two, in words."
     model, heads = arm["model"], dormant_heads(arm["model"])
@@ -229,11 +230,12 @@ def run_experiment(config: ExperimentConfig, prepared: Prepared | None = None, p
     "Run the chosen strategy, and, with `control`, the random choice and the unpruned control beside it. Everything is recorded under `output_dir`."
     prepared = prepared or prepare_experiment(config)
     folder = RunFolder(config.output_dir, config)
-    before = {"arm": "before", "perplexity": evaluate_model(prepared.model, prepared.validation)["perplexity"], **_describe(prepared.model, prepared)}
+    total = len(anatomy_of(prepared.model).heads)
+    before = {"arm": "before", "perplexity": evaluate_model(prepared.model, prepared.validation)["perplexity"], **_describe(prepared.model, prepared),
+              "heads": total, "pruned": 0, "after pruning": None, "compensated": None}
     folder.record("baseline", **before)
     arms = {name: _run_arm(name, prepared, folder, progress) for name in (("chosen", "random", "control") if config.control else ("chosen",))}
-    total = arms["chosen"]["pruning_mask"].numel() if "pruning_mask" in arms["chosen"] else 0
-    table = [before | {"heads": total, "pruned": 0, "after pruning": None, "compensated": None}]
+    table = [before]
     model, removal = _cut(arms["chosen"], prepared, folder)
     for name, arm in arms.items():
         finished = model if name == "chosen" else arm["model"]
