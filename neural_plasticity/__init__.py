@@ -26,8 +26,8 @@ _ROOMS = {
     "training": "PlasticityTrainer PlasticityCallback get_plasticity_optimizer train_with_plasticity run_plasticity_loop",
     "visualization": "visualize_head_scores visualize_head_entropy visualize_head_gradients visualize_pruning_decisions "
     "visualize_training_metrics visualize_attention_patterns visualize_cycle_timeline",
-    "report": "report",
-    "experiment": "ExperimentConfig run_experiment",
+    "report": "ComparisonTable read_record",
+    "experiment": "ExperimentConfig prepare_experiment run_experiment comparison_table",
     "core": "NeuralPlasticity",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -198,7 +198,7 @@ def _run_arm(name: str, prepared: Prepared, folder: RunFolder, progress: bool) -
     folder.record("arm", arm=name, perplexity=perplexity, pruned_heads=arm["pruned_heads"], revived_heads=arm["revived_heads"], recovery_rate=arm.get("recovery_rate"))
     return arm | {"model": model}
 
-# %% ../nbs/50_experiment.ipynb #902ba72c
+# %% ../nbs/50_experiment.ipynb #9b6491be
 def _cut(arm: dict, prepared: Prepared, folder: RunFolder) -> tuple[nn.Module, str]:
     "The finished model with its dormant heads cut out, or as it is if that cannot be done exactly; and which of the two, in words."
     model, heads = arm["model"], dormant_heads(arm["model"])
@@ -213,7 +213,7 @@ def _cut(arm: dict, prepared: Prepared, folder: RunFolder) -> tuple[nn.Module, s
         folder.record("remove", removed=0, report=str(error))
         return model, f"not removed, still gated: {error}"
 
-
+# %% ../nbs/50_experiment.ipynb #41297030
 @dataclass
 class ExperimentResult:
     "What a run gave."
@@ -225,7 +225,7 @@ class ExperimentResult:
     removal: str  # what came of cutting, in words
     samples: dict[str, str] = field(default_factory=dict)  # text before and after
 
-
+# %% ../nbs/50_experiment.ipynb #486d0bec
 def run_experiment(config: ExperimentConfig, prepared: Prepared | None = None, progress: bool = True, prompt: str = "The people of the") -> ExperimentResult:
     "Run the chosen strategy, and, with `control`, the random choice and the unpruned control beside it. Everything is recorded under `output_dir`."
     prepared = prepared or prepare_experiment(config)

@@ -49,7 +49,7 @@ def seal(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
 
-# %% ../nbs/22_folders.ipynb #09570257
+# %% ../nbs/22_folders.ipynb #0a8e04ba
 _PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # no absolute path, no "..", no backslash
 _CAN_RUN = {".bin", ".ckpt", ".dll", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".py", ".pyc", ".so"}
 
@@ -68,7 +68,7 @@ def _problem(manifest) -> str | None:
     odd = [name for name in files if not _PLAIN_NAME.fullmatch(name)]
     return f"{odd[0]!r} is no name of a file inside the folder" if odd else None
 
-
+# %% ../nbs/22_folders.ipynb #9749cab8
 def read_manifest(folder: Path) -> dict:
     "The manifest of a folder. Raises `StorageError` if it has none, or one that cannot be used."
     path = folder / MANIFEST
