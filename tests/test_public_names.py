@@ -22,6 +22,11 @@ def test_every_room_of_the_table_has_a_page():
     assert len({name for _, name in TABLE}) == len(TABLE)
 
 
+def test_no_name_is_hidden_by_a_room():
+    "Importing a room sets it as an attribute of the package, so that a function of the same name could no longer be reached."
+    assert not {name for _, name in TABLE} & {module_of(path) for path in ROOMS}
+
+
 @pytest.mark.parametrize("room, name", TABLE)
 def test_the_name_is_there(room, name):
     value = getattr(neural_plasticity, name)
