@@ -221,7 +221,7 @@ def put_to_sleep(
     rewrite_projections(model)
     return [(layer, head) for layer, head in fresh.nonzero().tolist()]
 
-# %% ../nbs/12_gates.ipynb #2381def9
+# %% ../nbs/12_gates.ipynb #01df7960
 def _asleep_or_raise(model: nn.Module, heads) -> Tensor:
     state = state_of(model)
     if state is None:
@@ -237,10 +237,12 @@ def _wake(model: nn.Module, mask: Tensor, warmup_steps: int) -> list[tuple[int, 
     state = state_of(model)
     heads = [(layer, head) for layer, head in mask.nonzero().tolist()]
     for head in heads:
+        # a compensated layer is solved for heads that are on or off; half open, a head would be made up for by half too little
+        steps = 1 if head[0] in state.compensation else max(1, warmup_steps)
         state.warmup.pop(head, None)
-        if warmup_steps > 1:
-            state.warmup[head] = [1, warmup_steps]
-    state.gates[mask] = 1.0 / max(1, warmup_steps)
+        if steps > 1:
+            state.warmup[head] = [1, steps]
+        state.gates[head] = 1.0 / steps
     state.zeroed &= ~mask
     rewrite_projections(model)
     if state.gates[state.anatomy.exists].eq(1).all():
@@ -249,11 +251,11 @@ def _wake(model: nn.Module, mask: Tensor, warmup_steps: int) -> list[tuple[int, 
         _push_gates(model)
     return heads
 
-# %% ../nbs/12_gates.ipynb #b43b5c25
+# %% ../nbs/12_gates.ipynb #3026eb33
 def revive_heads(
     model: nn.Module,
     heads,  # dormant heads: pairs (layer, head), or a bool mask [L,H]
-    warmup_steps: int = 0,  # open the gates over this many steps instead of at once
+    warmup_steps: int = 0,  # open the gates over this many steps instead of at once (compensated layers: at once)
 ) -> list[tuple[int, int]]:  # the heads revived
     "Let dormant heads take part again. What remains dormant keeps its compensation, solved anew."
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:

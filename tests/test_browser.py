@@ -76,7 +76,7 @@ def page(lab):
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.goto(lab)
         page.locator(".jp-Notebook").wait_for(timeout=60_000)
-        page.locator("[data-status='idle']").first.wait_for(timeout=60_000)
+        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000)
         command(page, "notebook:run-all-cells")
         yield page
         browser.close()
@@ -84,17 +84,18 @@ def page(lab):
 
 def command(page, name: str, **options) -> None:
     "Run one of JupyterLab's commands, as its menus do."
-    page.evaluate("([name, options]) => window.jupyterapp.commands.execute(name, options)", [name, options])
+    page.evaluate("([name, options]) => { window.jupyterapp.commands.execute(name, options) }", [name, options])  # does not wait for its end
 
 
 def shot(page, name: str) -> None:
     if SHOTS:
-        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
+        page.locator(".widget-vbox").first.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
 
 
 def controls(page):
     slider = page.get_by_role("slider").first
     slider.wait_for(timeout=240_000)
+    page.locator(".widget-html table").first.wait_for()
     slider.scroll_into_view_if_needed()
     return slider, page.locator(".widget-dropdown select").first
 
