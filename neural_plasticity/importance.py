@@ -233,7 +233,7 @@ def criterion(name: str, needs: str | tuple = (), formula: str = "", source: str
 
     return register
 
-# %% ../nbs/14_importance.ipynb #26c7809c
+# %% ../nbs/14_importance.ipynb #ef24f2ee
 @criterion("taylor", needs="gate_gradients", formula="mean over samples of |g·∂L/∂g|", source="Michel et al. 2019, arXiv:1905.10650, eq. 2")
 def _taylor(found: Quantities) -> Tensor:
     return (found.gates * found.per_sample("gate_gradients")).abs()
@@ -261,7 +261,7 @@ def _magnitude(found: Quantities) -> Tensor:
 
 @criterion("random", formula="U(0, 1), always the same draw", source="the baseline that every criterion has to beat")
 def _random(found: Quantities) -> Tensor:
-    return torch.rand(found.exists.shape, generator=torch.Generator().manual_seed(0))
+    return torch.rand(found.exists.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 # %% ../nbs/14_importance.ipynb #d34fd2ed
 def combined_unimportance(entropy: Tensor, gradient: Tensor, exists: Tensor) -> Tensor:

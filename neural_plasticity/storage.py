@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BANK', 'save_pruned', 'load_pruned', 'export_dense']
 
-# %% ../nbs/22_storage.ipynb #68946e5c
+# %% ../nbs/22_storage.ipynb #01e80beb
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from .anatomy import Anatomy, anatomy_of, columns_first, exclusive_slices
 from .compensation import Compensation
+from .data import no_progress_bars
 from .errors import PlasticityError, StorageError, UnsupportedModel
 from .folders import check_files, read_manifest, replacing, seal
 from .gates import PlasticityState, adopt_state, projection_parts, state_of
@@ -113,7 +114,7 @@ def _problem(manifest: dict) -> str | None:
 def _weight_files(manifest: dict) -> list[str]:
     return [name for name in manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
 
-# %% ../nbs/22_storage.ipynb #6cc6b3e7
+# %% ../nbs/22_storage.ipynb #d1b8caf5
 def _saveable(model: nn.Module) -> PreTrainedModel:
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
@@ -126,7 +127,8 @@ def _saveable(model: nn.Module) -> PreTrainedModel:
 
 def _write(model: PreTrainedModel, folder, tokenizer) -> Path:
     with replacing(folder) as fresh:
-        model.save_pretrained(fresh, state_dict=_effective_weights(model), save_original_format=False)
+        with no_progress_bars():
+            model.save_pretrained(fresh, state_dict=_effective_weights(model), save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         bank = _bank(model)
