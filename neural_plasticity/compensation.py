@@ -56,13 +56,13 @@ class Compensation:
         quadratic = (w * (self.gram[kept][:, kept] @ w)).sum() - 2 * (w * (self.cross[kept] @ dense)).sum()
         return float(self.energy + quadratic + shift @ shift + 2 * shift @ (self.mean_pruned[kept] @ w - self.mean_dense @ dense))
 
-# %% ../nbs/20_compensation.ipynb #09c0cecb
+# %% ../nbs/20_compensation.ipynb #64fc4b2d
 class _Seen(Exception):
     "Ends a forward pass early."
 
 
 def _projection_input(model: nn.Module, site: Site, batch: dict) -> Tensor:
-    "The output projection's input before gating, [tokens, C] in float64 on the CPU; padded positions are left out."
+    "The output projection's input before gating, [tokens, C] in float64, on the model's device; padded positions are left out."
     seen = []
 
     def look(module, args):
@@ -71,7 +71,7 @@ def _projection_input(model: nn.Module, site: Site, batch: dict) -> Tensor:
 
     handle = model.get_submodule(site.projection).register_forward_pre_hook(look, prepend=True)
     try:
-        model(**{name: value for name, value in batch.items() if name != "labels" or model.config.is_encoder_decoder})
+        model(**{name: value for name, value in batch.items() if name != "labels" or getattr(getattr(model, "config", None), "is_encoder_decoder", False)})
     except _Seen:
         pass
     finally:

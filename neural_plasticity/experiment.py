@@ -6,7 +6,7 @@
 __all__ = ['ExperimentConfig', 'Prepared', 'prepare_experiment', 'RunFolder', 'ExperimentResult', 'run_experiment',
            'comparison_table', 'read_record']
 
-# %% ../nbs/50_experiment.ipynb #b454de83
+# %% ../nbs/50_experiment.ipynb #bb727520
 import copy
 import json
 import os
@@ -20,7 +20,7 @@ from torch import nn
 from .anatomy import anatomy_of
 from .data import text_dataloader
 from .environment import get_environment_info
-from .errors import InvalidArgument, NotRemovable, WrongType
+from .errors import InvalidArgument, MissingSplit, NotRemovable, WrongType
 from .evaluation import bits_per_byte, count_parameters, evaluate_model, generate_sample, measure_latency
 from .gates import dormant_heads
 from .pruning import PruningMode, strategy_name
@@ -92,7 +92,7 @@ def _check_values(config: ExperimentConfig) -> None:
         if getattr(config, name) < least:
             raise InvalidArgument(f"{name} is {getattr(config, name)}; it must be at least {least}")
 
-# %% ../nbs/50_experiment.ipynb #518129b7
+# %% ../nbs/50_experiment.ipynb #6d3227d0
 @dataclass
 class Prepared:
     "A model with everything it is measured and trained on."
@@ -113,7 +113,7 @@ def _split_texts(config: ExperimentConfig) -> tuple[list[str], list[str], list[s
     texts = load_texts(config.dataset_name, split="train", **source)
     try:
         validation = load_texts(config.dataset_name, split="validation", **source)
-    except InvalidArgument:  # no such split: hold out a tenth
+    except MissingSplit:  # nothing else may end up here: a wrong column in a split that is there is an error
         validation, texts = texts[9::10], [text for index, text in enumerate(texts) if index % 10 != 9]
     selection, train = texts[4::10], [text for index, text in enumerate(texts) if index % 10 != 4]
     for name, part in (("train", train), ("selection", selection), ("validation", validation)):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HUB_PATIENCE', 'hub_problem', 'load_model', 'load_texts']
 
-# %% ../nbs/02_sources.ipynb #26d09f50
+# %% ../nbs/02_sources.ipynb #22c3f4d3
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import EMBEDDED_MODELS, embedded_manifest, load_embedded_model, load_embedded_text, ready_pair
 from .environment import current_policy, repair_datasets_import
-from .errors import InvalidArgument, SourceUnavailable, WrongType
+from .errors import InvalidArgument, MissingSplit, SourceUnavailable, WrongType
 
 # %% ../nbs/02_sources.ipynb #b6da586c
 HUB_PATIENCE = 5.0  # seconds to wait for the hub to connect, and as long for its answer
@@ -101,7 +101,7 @@ def load_model(
     model, tokenizer = ready_pair(*pair)
     return model.to(device), tokenizer
 
-# %% ../nbs/02_sources.ipynb #1930fd8c
+# %% ../nbs/02_sources.ipynb #4699780f
 def _paragraphs(path: Path) -> list[str]:
     "What stands between the blank lines of a text file."
     try:
@@ -127,7 +127,7 @@ def _read_text_files(source: Path, split: str) -> list[str]:
         inside = path.relative_to(source).with_suffix("").parts if source.is_dir() else ()
         names.setdefault(next((word for word in inside if word in _SPLITS), "train"), []).append(path)
     if split not in names:
-        raise InvalidArgument(f"{source} has no split {split!r}; there are {', '.join(map(repr, names))}")
+        raise MissingSplit(f"{source} has no split {split!r}; there are {', '.join(map(repr, names))}")
     return [text for path in names[split] for text in _paragraphs(path)]
 
 # %% ../nbs/02_sources.ipynb #7c9de6cd
@@ -174,7 +174,7 @@ def _load_dataset(name: str, config: str | None):
             raise InvalidArgument(f"dataset_config is {config!r}, and {name!r} does not load with that: datasets says {_said(error, 3)}") from error
         raise SourceUnavailable(f"cannot load the dataset {name!r}: {tried}datasets says {_said(error, 3)} {hint}{_other_texts()}") from error
 
-# %% ../nbs/02_sources.ipynb #a0bf0b1f
+# %% ../nbs/02_sources.ipynb #a78ff244
 def _text_column(features: dict, wanted: str | None, name: str) -> str:
     "The column to read: the one that is wanted, else `text`, else the only one of strings."
     kinds = {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}
@@ -197,16 +197,16 @@ def _dataset_texts(name: str, config, split: str, text_column):
     "The texts of a dataset, one after the other."
     parts = _load_dataset(name, config)
     if split not in parts:
-        raise InvalidArgument(f"{name!r} has no split {split!r}; there are {', '.join(map(repr, parts))}")
+        raise MissingSplit(f"{name!r} has no split {split!r}; there are {', '.join(map(repr, parts))}")
     column = _text_column(parts[split].features, text_column, name)
     return (text for rows in parts[split].select_columns(column).iter(batch_size=1000) for text in rows[column])
 
-# %% ../nbs/02_sources.ipynb #7342844d
+# %% ../nbs/02_sources.ipynb #c7e3dc3a
 def _embedded_split(name: str, split: str | None) -> str:
     "The split that 'embedded' or 'embedded:SPLIT' means together with `split`."
     _, colon, named = name.partition(":")
     if colon and split not in (None, named):
-        raise InvalidArgument(f"dataset_name is {name!r} and split is {split!r}; they name different splits, so leave one of them out")
+        raise MissingSplit(f"dataset_name is {name!r} and split is {split!r}; they name different splits, so leave one of them out")
     return named if colon else split or "train"
 
 
