@@ -215,11 +215,27 @@ def _demo(arguments):
         print(f"perplexity {moment:16}{results[key]['perplexity']:8.2f}")
     return 0
 
-# %% ../nbs/52_cli.ipynb #8bcf703b
+# %% ../nbs/52_cli.ipynb #0620aac7
+def _zoo(arguments):
+    from neural_plasticity.zoo import summary, sweep, write_rows  # the doctor works without
+    from neural_plasticity.zoo_models import TASKS
+
+    types = None if arguments.types is None else [word.strip() for word in arguments.types.split(",")]
+    rows = sweep(arguments.task or list(TASKS), types, arguments.workers, on_row=lambda row: print(row, flush=True))
+    print()
+    for task, counts in summary(rows).items():
+        print(f"{task}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+    if arguments.out:
+        words = [f"--task {task}" for task in arguments.task or ()] + [f"--types {arguments.types}"] * bool(types) + [f"--workers {arguments.workers}", f"--out {arguments.out}"]
+        write_rows(rows, arguments.out, f"neural-plasticity zoo {' '.join(words)}")
+    return int(any(row.failures for row in rows))
+
+# %% ../nbs/52_cli.ipynb #c503156e
 EXAMPLES = """examples:
   neural-plasticity doctor                        what is wrong with this installation, and what to do
   neural-plasticity demo                          prune a fifth of the heads of the embedded GPT-2 and recover
   neural-plasticity demo --prune-level 0.4 --strategy random --steps 200
+  neural-plasticity zoo --types llama,bert,t5     what works for these architectures; without --types, for all
 """
 
 
@@ -240,6 +256,12 @@ def _parser():
     demo.add_argument("--device", help="cpu, cuda, cuda:1 or mps; chosen by the platform if left out")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+    zoo = commands.add_parser("zoo", help="try every architecture that transformers lists; exit code 1 if anything failed")
+    zoo.add_argument("--task", action="append", help="causal-lm, masked-lm, seq2seq, image-classification or speech; may be given again; all if left out")
+    zoo.add_argument("--types", help="model types, with commas between them; all that the tables list if left out")
+    zoo.add_argument("--workers", type=int, default=1, help="processes (default: 1), each with one thread")
+    zoo.add_argument("--out", help="a JSON file for the results")
+    zoo.set_defaults(run=_zoo)
     return parser
 
 

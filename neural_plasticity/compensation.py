@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Compensation', 'dense_again', 'CompensationReport', 'compensate_heads']
 
-# %% ../nbs/20_compensation.ipynb #22faf4ee
+# %% ../nbs/20_compensation.ipynb #4ea6c9c9
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site
-from .errors import InvalidArgument
+from .errors import InvalidArgument, UnsupportedModel
 from .gates import PlasticityState, gate_heads, projection_parts, put_to_sleep, rewrite_projections, state_of
 from .running import own_randomness, quiet, some_batches, uncompiled, unwrap
 
@@ -121,7 +121,7 @@ def _statistics(model: nn.Module, site: Site, batches: list[dict], original: dic
         raise InvalidArgument(f"the inputs of {site.projection} are NaN or infinite on these batches; look for them in the model's weights")
     return Compensation(site.columns, gram / tokens, cross / tokens, pruned_sum / tokens, dense_sum / tokens, energy / tokens, ridge)
 
-# %% ../nbs/20_compensation.ipynb #da78d0f2
+# %% ../nbs/20_compensation.ipynb #27fe5d69
 @dataclass(frozen=True)
 class CompensationReport:
     "What compensation achieved: for each layer, how much of the damage to its output was undone on the batches it was solved on."
@@ -131,6 +131,17 @@ class CompensationReport:
     def __str__(self):
         layers = ", ".join(f"layer {layer}: {share:.0%}" for layer, share in self.undone.items())
         return f"output error undone ({self.tokens} tokens): {layers}"
+
+
+def _refuse_odd_projections(model: nn.Module, state: PlasticityState) -> None:
+    for site in state.anatomy.sites:
+        if not state.dormant[site.index].any():
+            continue
+        if site.gate != "projection":
+            raise UnsupportedModel(f"layer {site.index} mixes its heads before {site.projection}, so no columns of that can make up for others; leave its heads out of the mask")
+        linear = model.get_submodule(site.projection)
+        if hasattr(linear, "base_layer") or not linear.weight.is_floating_point():
+            raise UnsupportedModel(f"{site.projection} is a {type(linear).__name__}, adapted or quantised; compensate before that, or merge the adapter first (merge_and_unload)")
 
 
 @torch.no_grad()
@@ -153,6 +164,7 @@ def compensate_heads(
         state = state_of(model)
         if state is None or not state.dormant.any():
             raise InvalidArgument("no head is dormant, so there is nothing to make up for; give a mask, or prune first")
+        _refuse_odd_projections(model, state)
         first = min(layer for layer, _ in state.dormant.nonzero().tolist())
         for site in state.anatomy.sites[first:]:
             if state.dormant[site.index].any():

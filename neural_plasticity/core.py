@@ -9,14 +9,14 @@ __all__ = ['NeuralPlasticity', 'PruningMode', 'PruningStrategy', 'analyze_attent
            'get_environment_info', 'measure_entropy', 'measure_heads', 'probe', 'regrowth_scores', 'remove_heads',
            'restore_heads', 'revive_heads', 'safe_matmul', 'safe_tensor_to_numpy']
 
-# %% ../nbs/core.ipynb #2d692181
-from .anatomy import detect_model_structure, probe
+# %% ../nbs/core.ipynb #aff70d47
 from .compensation import compensate_heads
 from .entropy import calculate_head_entropy
 from .environment import get_environment_info
 from .evaluation import evaluate_model
 from .gates import dormant_heads, gate_heads, restore_heads, revive_heads
 from .importance import analyze_attention_patterns, calculate_head_gradients, measure_entropy, measure_heads
+from .probing import detect_model_structure, probe
 from .pruning import PruningMode, PruningStrategy, apply_pruning_mask, choose_heads, generate_pruning_mask
 from .regrowth import regrowth_scores
 from .surgery import remove_heads

@@ -6,7 +6,7 @@
 __all__ = ['evaluate_model', 'bits_per_byte', 'generate_sample', 'measure_latency', 'count_parameters', 'model_cost',
            'sample_losses', 'to_device']
 
-# %% ../nbs/15_evaluation.ipynb #0232ee4d
+# %% ../nbs/15_evaluation.ipynb #67bf53e4
 import copy
 import inspect
 import math
@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import InvalidArgument, UnsupportedModel, WrongType
-from .running import example_inputs, labelled, placed, quiet, sample_losses, some_batches, to_device, uncompiled, unwrap
+from .examples import example_inputs
+from .running import gradients_for, labelled, placed, quiet, sample_losses, some_batches, to_device, uncompiled, unwrap
 
 _all_ = ["sample_losses", "to_device"]
 
@@ -173,7 +174,7 @@ def _wait_for(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
-# %% ../nbs/15_evaluation.ipynb #fbfed2f6
+# %% ../nbs/15_evaluation.ipynb #0e4be681
 def count_parameters(
     model: nn.Module,
 ) -> dict:  # total, trainable, bytes
@@ -197,7 +198,7 @@ def model_cost(
     batch = to_device(example_inputs(inner, 1, context_length) if batch is None else batch, next(inner.parameters()).device)
     caching = {"use_cache": True} if "use_cache" in inspect.signature(inner.forward).parameters else {}
     # only the plain form of attention consists of products that every version of torch counts
-    with quiet(inner), uncompiled(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with quiet(inner), uncompiled(), gradients_for(inner.parameters(), wanted=False), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         outputs = inner(**{**batch, **caching})
     flops, cache = counter.get_total_flops(), _tensor_bytes(getattr(outputs, "past_key_values", None))
     tokens = batch["input_ids"].numel() if "input_ids" in batch else None

@@ -6,7 +6,7 @@
 __all__ = ['ExperimentConfig', 'Prepared', 'prepare_experiment', 'RunFolder', 'ExperimentResult', 'run_experiment',
            'comparison_table', 'read_record']
 
-# %% ../nbs/50_experiment.ipynb #bb727520
+# %% ../nbs/50_experiment.ipynb #87177663
 import copy
 import json
 import os
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .anatomy import anatomy_of
 from .data import text_dataloader
 from .environment import get_environment_info
 from .errors import InvalidArgument, MissingSplit, NotRemovable, WrongType
 from .evaluation import bits_per_byte, count_parameters, evaluate_model, generate_sample, measure_latency
 from .gates import dormant_heads
+from .probing import anatomy_of
 from .pruning import PruningMode, strategy_name
 from .regrowth import PlasticitySchedule
 from .report import ComparisonTable, read_record

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from .errors import StorageError
 
-# %% ../nbs/22_folders.ipynb #817fba22
-MANIFEST, SCHEMA = "plasticity.json", 1
+# %% ../nbs/22_folders.ipynb #8fb89082
+MANIFEST, SCHEMA = "plasticity.json", 2
 
 
 def _sha256(path: Path) -> str:

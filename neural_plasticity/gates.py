@@ -6,59 +6,20 @@
 __all__ = ['PlasticityState', 'state_of', 'dormant_heads', 'ensure_state', 'adopt_state', 'gates_lifted', 'projection_parts',
            'rewrite_projections', 'put_to_sleep', 'revive_heads', 'restore_heads', 'advance_warmup', 'gate_heads']
 
-# %% ../nbs/12_gates.ipynb #258fde1d
+# %% ../nbs/12_gates.ipynb #7cb9c271
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anatomy import Anatomy, Site, anatomy_of, columns_first, heads_to_mask
+from .anatomy import Anatomy, Site, columns_first, heads_to_mask
 from .errors import InvalidArgument
+from .gate_hooks import attach_gate, detach_gate, has_gate, override_gate, set_gate
+from .probing import anatomy_of
 from .running import uncompiled, unwrap
-
-# %% ../nbs/12_gates.ipynb #d9f6deb7
-def _gate_hook(projection: nn.Module, args: tuple) -> tuple:
-    "Multiply each head's columns of the output projection's input by its gate."
-    inputs = args[0]
-    gate = projection.__dict__.get("plasticity_override")
-    gate = projection.plasticity_gate if gate is None else gate
-    gate = gate.to(inputs.device, inputs.dtype)
-    if projection.plasticity_padded:  # columns that no head feeds stay as they are
-        gate = F.pad(gate, (0, 1), value=1.0)
-    factors = gate[..., projection.plasticity_head]  # [C] or [B,C]
-    if factors.dim() == 2:
-        if inputs.shape[0] != factors.shape[0]:
-            raise InvalidArgument(f"gates for {factors.shape[0]} samples met a batch of {inputs.shape[0]}; give one row of gates a sample (a beam is "
-                                  "a sample), or gates [L,H] for all")
-        factors = factors.view(factors.shape[0], *(1,) * (inputs.dim() - 2), factors.shape[1])
-    return (inputs * factors, *args[1:])
-
-
-def _attach(model: nn.Module, site: Site) -> None:
-    "Give the site's output projection a gate, all open."
-    projection = model.get_submodule(site.projection)
-    if _gate_hook in projection._forward_pre_hooks.values():
-        return
-    owner = torch.where(site.columns.any(0), site.columns.int().argmax(0), site.num_heads)
-    weight = projection.weight
-    projection.register_buffer("plasticity_head", owner.to(weight.device), persistent=False)
-    projection.register_buffer("plasticity_gate", torch.ones(site.num_heads, device=weight.device), persistent=False)
-    projection.plasticity_padded = bool((owner == site.num_heads).any())
-    projection.register_forward_pre_hook(_gate_hook)
-
-
-def _detach(model: nn.Module, site: Site) -> None:
-    projection = model.get_submodule(site.projection)
-    for key in [key for key, hook in projection._forward_pre_hooks.items() if hook is _gate_hook]:
-        del projection._forward_pre_hooks[key]
-    for name in ("plasticity_head", "plasticity_gate"):
-        projection._buffers.pop(name, None)
-        projection._non_persistent_buffers_set.discard(name)
-    projection.__dict__.pop("plasticity_padded", None)
 
 # %% ../nbs/12_gates.ipynb #53891d3d
 @dataclass
@@ -89,7 +50,7 @@ def dormant_heads(model: nn.Module) -> list[tuple[int, int]]:
     state = state_of(model)
     return [] if state is None else [(layer, head) for layer, head in state.dormant.nonzero().tolist()]
 
-# %% ../nbs/12_gates.ipynb #c33ec74c
+# %% ../nbs/12_gates.ipynb #77569336
 def _forget_compiled() -> None:
     "Compiled code does not notice hooks that come or go: let it be made again."
     if "torch._dynamo" in sys.modules:
@@ -102,7 +63,7 @@ def ensure_state(model: nn.Module) -> PlasticityState:
     if state_of(model) is None:
         anatomy = anatomy_of(model)
         for site in anatomy.sites:
-            _attach(model, site)
+            attach_gate(model, site)
         model.plasticity_state = PlasticityState(anatomy, torch.ones(anatomy.exists.shape), torch.zeros_like(anatomy.exists))
         _forget_compiled()
     return model.plasticity_state
@@ -112,7 +73,7 @@ def adopt_state(model: nn.Module, state: PlasticityState) -> None:
     "Give a model without a state one that was made elsewhere, by a loaded file for instance. No weight is touched."
     model = unwrap(model)
     for site in state.anatomy.sites:
-        _attach(model, site)
+        attach_gate(model, site)
     model.plasticity_state = state
     _push_gates(model)
     _forget_compiled()
@@ -121,11 +82,11 @@ def adopt_state(model: nn.Module, state: PlasticityState) -> None:
 def _drop_state(model: nn.Module) -> None:
     "Forget the state: every head is active and every weight its own again."
     for site in model.plasticity_state.anatomy.sites:
-        _detach(model, site)
+        detach_gate(model, site)
     del model.plasticity_state
     _forget_compiled()
 
-# %% ../nbs/12_gates.ipynb #42b476ce
+# %% ../nbs/12_gates.ipynb #a846c974
 @contextmanager
 def gates_lifted(model: nn.Module):
     "No gates while the context is open. If it ends well, the state is forgotten (what was dormant is gone); if it raises, the gates are back."
@@ -134,12 +95,12 @@ def gates_lifted(model: nn.Module):
         yield
         return
     for site in state.anatomy.sites:
-        _detach(model, site)
+        detach_gate(model, site)
     try:
         yield
     except BaseException:
         for site in state.anatomy.sites:
-            _attach(model, site)
+            attach_gate(model, site)
         _push_gates(model)
         raise
     del model.plasticity_state
@@ -189,12 +150,11 @@ def rewrite_projections(model: nn.Module, layers=None) -> None:
             part.copy_(torch.where(trained == 0, target[name], moved))
         state.asleep[layer] = asleep.clone()
 
-# %% ../nbs/12_gates.ipynb #e8164750
+# %% ../nbs/12_gates.ipynb #26353e0c
 def _push_gates(model: nn.Module) -> None:
     state = state_of(model)
     for site in state.anatomy.sites:
-        gate = unwrap(model).get_submodule(site.projection).plasticity_gate
-        gate.copy_(state.gates[site.index, : site.num_heads])
+        set_gate(unwrap(model), site, state.gates[site.index, : site.num_heads])
 
 
 def put_to_sleep(
@@ -208,9 +168,10 @@ def put_to_sleep(
     mask = heads_to_mask(heads, known.anatomy if known else anatomy_of(model))
     if not mask.any():
         return []
-    for unit in (known.anatomy if known else anatomy_of(model)).units:
-        if 0 < sum(bool(mask[head]) for head in unit) < len(unit):
-            raise InvalidArgument(f"heads {unit} feed common columns and can only be pruned together")
+    mixed = {site.index: site for site in (known.anatomy if known else anatomy_of(model)).sites if site.gate != "projection"}
+    if zero_weights and any(mask[layer].any() for layer in mixed):
+        layer = min(layer for layer in mixed if mask[layer].any())
+        raise InvalidArgument(f"the heads of layer {layer} have no columns of their own in {mixed[layer].projection}, so none can be zeroed; gate them (mode='gate')")
     state = ensure_state(model)
     fresh = mask & ~state.dormant
     state.gates[mask] = 0
@@ -285,7 +246,7 @@ def advance_warmup(model: nn.Module, to_the_end: bool = False) -> None:
             del state.warmup[head]
     _push_gates(model)
 
-# %% ../nbs/12_gates.ipynb #cc3a2c3a
+# %% ../nbs/12_gates.ipynb #790d1130
 def _gate_values(model: nn.Module, gates) -> Tensor:
     "What the gates shall be: [L,H] or [B,L,H]. A mask closes gates on top of what is dormant; floats are taken as they are."
     state = state_of(model)
@@ -320,14 +281,7 @@ def _zeroed_columns_back(model: nn.Module):
         for weight, columns, values in kept.values():
             weight[columns] = values
 
-
-def _override(projection: nn.Module, gate: Tensor | None) -> None:
-    "Put gates in place of the projection's own; None: its own again."
-    projection.__dict__.pop("plasticity_override", None)
-    if gate is not None:
-        projection.__dict__["plasticity_override"] = gate
-
-# %% ../nbs/12_gates.ipynb #cffa9af1
+# %% ../nbs/12_gates.ipynb #50129fae
 @contextmanager
 def gate_heads(
     model: nn.Module,
@@ -338,15 +292,12 @@ def gate_heads(
     values = _gate_values(model, gates)
     state = state_of(model)
     anatomy = state.anatomy if state else anatomy_of(model)
-    projections = [model.get_submodule(site.projection) for site in anatomy.sites]
-    outer = [projection.__dict__.get("plasticity_override") for projection in projections]
     with ExitStack() as undo:
         undo.enter_context(uncompiled())
         undo.enter_context(_zeroed_columns_back(model))
-        for site, projection, previous in zip(anatomy.sites, projections, outer):
-            if _gate_hook not in projection._forward_pre_hooks.values():
-                undo.callback(_detach, model, site)
-                _attach(model, site)
-            undo.callback(_override, projection, previous)
-            _override(projection, values[..., site.index, : site.num_heads])
+        for site in anatomy.sites:
+            if not has_gate(model, site):
+                undo.callback(detach_gate, model, site)
+                attach_gate(model, site)
+            undo.callback(override_gate, model, site, override_gate(model, site, values[..., site.index, : site.num_heads]))
         yield values

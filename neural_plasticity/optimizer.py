@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['HeadwiseUpdates', 'headwise_updates', 'get_plasticity_optimizer']
 
-# %% ../nbs/31_optimizer.ipynb #354c0ff8
+# %% ../nbs/31_optimizer.ipynb #777377e2
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .anatomy import anatomy_of, exclusive_slices, heads_to_mask
+from .anatomy import exclusive_slices, heads_to_mask
 from .errors import InvalidArgument
 from .gates import state_of
+from .probing import anatomy_of
 from .running import unwrap
 
 # %% ../nbs/31_optimizer.ipynb #74abe1e4

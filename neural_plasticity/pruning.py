@@ -6,7 +6,7 @@
 __all__ = ['PruningStrategy', 'PruningMode', 'strategy_name', 'lowest_heads', 'generate_pruning_mask', 'apply_pruning_mask',
            'choose_heads']
 
-# %% ../nbs/23_pruning.ipynb #baee28d9
+# %% ../nbs/23_pruning.ipynb #53351cae
 import math
 from enum import Enum
 from numbers import Integral, Real
@@ -14,11 +14,12 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from .anatomy import anatomy_of, heads_to_mask
+from .anatomy import heads_to_mask
 from .compensation import compensate_heads
 from .errors import InvalidArgument
 from .gates import dormant_heads, put_to_sleep, restore_heads, state_of
 from .importance import CRITERIA, combined_unimportance, measure_heads
+from .probing import anatomy_of
 from .running import unwrap
 from .surgery import remove_heads
 

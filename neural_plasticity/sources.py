@@ -33,7 +33,7 @@ def hub_problem() -> str | None:
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
     return f"{constants.ENDPOINT} answers with error {answer.status_code}" if answer.status_code >= 500 else None
 
-# %% ../nbs/02_sources.ipynb #5f125f78
+# %% ../nbs/02_sources.ipynb #a6e4257f
 def _checked_name(what: str, name) -> str:
     "The name as a str, if it is one (or a path) and not blank."
     if not isinstance(name, (str, Path)):
@@ -59,7 +59,8 @@ _OTHER_MODELS = "Without a network: model_name='embedded:gpt2', 'embedded:llama'
 
 def _from_pretrained(source: str, local: bool, dtype) -> tuple:
     "The pair as `transformers` loads it; raises if weights or the vocabulary are missing, which it would make up without an error."
-    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local, output_loading_info=True, trust_remote_code=False)
+    quietly = {"adapter_kwargs": {"local_files_only": True}} if local else {}  # where PEFT is installed, transformers also asks for an adapter
+    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local, output_loading_info=True, trust_remote_code=False, **quietly)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"this is no complete causal language model, {len(missing)} of its tensors would be random: {', '.join(missing[:3])}…")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_FILE', 'PlasticityCallback', 'PlasticityTrainer']
 
-# %% ../nbs/31_trainer.ipynb #0ed8f974
+# %% ../nbs/31_trainer.ipynb #d3f2f1c7
 import json
 import tempfile
 from pathlib import Path
@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .anatomy import anatomy_of
 from .errors import EnvironmentProblem, InvalidArgument
 from .gates import advance_warmup, dormant_heads, put_to_sleep, revive_heads, state_of
 from .optimizer import headwise_updates
+from .probing import anatomy_of
 from .regrowth import PlasticitySchedule, regrow
 from .running import own_randomness
 

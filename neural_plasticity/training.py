@@ -6,7 +6,7 @@
 __all__ = ['HISTORY_KEYS', 'train_with_plasticity', 'recovery_rate', 'run_plasticity_loop', 'PlasticityCallback',
            'PlasticityTrainer', 'get_plasticity_optimizer']
 
-# %% ../nbs/31_training.ipynb #eb45187e
+# %% ../nbs/31_training.ipynb #7af1d4fc
 import copy
 import math
 from itertools import islice
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .anatomy import anatomy_of
 from .compensation import compensate_heads
 from .errors import InvalidArgument
 from .evaluation import evaluate_model
 from .gates import dormant_heads
 from .importance import measure_heads
 from .optimizer import get_plasticity_optimizer
+from .probing import anatomy_of
 from .pruning import apply_pruning_mask, choose_heads, generate_pruning_mask, strategy_name
 from .regrowth import PlasticitySchedule
 from .running import unwrap

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'small_slice', 'highest_level', 'Explorer', 'explore']
 
-# %% ../nbs/51_widgets.ipynb #ece7e151
+# %% ../nbs/51_widgets.ipynb #cb906e41
 import base64
 import hashlib
 import html
@@ -16,11 +16,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from .anatomy import anatomy_of
 from .errors import EnvironmentProblem, InvalidArgument, PlasticityError, WrongType
 from .evaluation import evaluate_model, generate_sample
 from .gates import dormant_heads, gate_heads
 from .importance import CRITERIA, measure_heads
+from .probing import anatomy_of
 from .pruning import generate_pruning_mask, strategy_name
 from .running import some_batches, unwrap
 from .visualization import visualize_pruning_decisions

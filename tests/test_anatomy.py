@@ -3,9 +3,10 @@ import pytest
 import torch
 from models import HEADS, LAYERS, RANDOM, build, fingerprint, logits, same_weights, weights
 
-from neural_plasticity.anatomy import anatomy_of, detect_model_structure, exclusive_slices, heads_to_mask, probe
+from neural_plasticity.anatomy import exclusive_slices, heads_to_mask
 from neural_plasticity.errors import InvalidArgument, UnsupportedModel
 from neural_plasticity.gates import gate_heads
+from neural_plasticity.probing import anatomy_of, detect_model_structure, probe
 
 KEY_VALUE_HEADS = {"llama-grouped": 2}
 

@@ -7,11 +7,11 @@ import torch
 from models import LAYERS, RANDOM, batches, build, fingerprint, inputs, logits, padded, same_weights, weights
 from torch.utils.data import DataLoader
 
-from neural_plasticity.anatomy import anatomy_of, probe
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import InvalidArgument, PlasticityError, UnsupportedModel, WrongType
 from neural_plasticity.gates import gate_heads, put_to_sleep, restore_heads, revive_heads, state_of
 from neural_plasticity.importance import analyze_attention_patterns, calculate_head_gradients, measure_entropy, measure_heads
+from neural_plasticity.probing import anatomy_of, probe
 from neural_plasticity.pruning import apply_pruning_mask, choose_heads, generate_pruning_mask
 from neural_plasticity.surgery import remove_heads
 

@@ -15,6 +15,7 @@ import pytest
 import neural_plasticity
 from neural_plasticity import cli
 from neural_plasticity.cli import EMBEDDED_FILES, Check, main
+from neural_plasticity.zoo import Outcome, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "import sys; from neural_plasticity.cli import main; sys.exit(main())"
@@ -35,14 +36,14 @@ def states(checks):
 # the command
 
 
-@pytest.mark.parametrize("words, text", [(["--help"], "neural-plasticity doctor   "), (["--version"], neural_plasticity.__version__), (["demo", "--help"], "--prune-level")])
+@pytest.mark.parametrize("words, text", [(["--help"], "neural-plasticity doctor   "), (["--version"], neural_plasticity.__version__), (["demo", "--help"], "--prune-level"), (["zoo", "--help"], "--workers")])
 def test_help_and_version(words, text, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 0 and text in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["doktor"], ["doctor", "--fast"], ["demo", "--steps", "many"]])
+@pytest.mark.parametrize("words", [[], ["doktor"], ["doctor", "--fast"], ["demo", "--steps", "many"], ["zoo", "--workers", "two"]])
 def test_a_misspelt_command_exits_2(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
@@ -66,6 +67,30 @@ def test_demo_prunes_and_recovers():
     before, pruned, final = (float(line.split()[-1]) for line in lines)
     assert "4 heads pruned by taylor" in result.stdout  # floor(0.1 x 48)
     assert 1 < before < pruned
+
+
+# the zoo
+
+
+def test_the_zoo_prints_a_line_for_each_model_and_the_counts(tmp_path):
+    result = command("zoo", "--task", "causal-lm", "--types", "gpt2, mamba", "--workers", "2", "--out", str(tmp_path / "zoo.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert {line.split(":")[0] for line in lines[:2]} == {"causal-lm gpt2", "causal-lm mamba"} and lines[2] == ""
+    assert lines[3].startswith("causal-lm: 2 entries, 2 built, 1 with attention, 1 gated, 1 removed")
+    rows, about = read_rows(tmp_path / "zoo.json")
+    assert [row.model_type for row in rows] == ["gpt2", "mamba"] and about["command"].startswith("neural-plasticity zoo --task causal-lm --types gpt2, mamba --workers 2 --out ")
+
+
+def test_the_zoo_exits_1_if_something_failed_or_is_misspelt(monkeypatch, capsys):
+    failed = Row("causal-lm", "gpt2", "GPT2LMHeadModel", "attention", stages={"gate": Outcome("failed", "because")})
+    monkeypatch.setattr("neural_plasticity.zoo.sweep", lambda *args, on_row, **kwargs: on_row(failed) or [failed])
+    assert main(["zoo"]) == 1
+    assert "causal-lm gpt2: gate failed (because)" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["zoo", "--types", "gtp2"]) == 1 and main(["zoo", "--task", "poetry"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "gtp2" in errors[0] and "poetry" in errors[1]
 
 
 # the doctor

@@ -3,10 +3,10 @@ import pytest
 import torch
 from models import RANDOM, TRAINED, batches, build, cuttable, fingerprint, logits, padded, same_weights, weights
 
-from neural_plasticity.anatomy import anatomy_of
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import InvalidArgument
 from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads, revive_heads, state_of
+from neural_plasticity.probing import anatomy_of
 from neural_plasticity.surgery import remove_heads
 
 HEADS = [(1, 0), (1, 2)]

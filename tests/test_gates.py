@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from models import HEADS, LAYERS, RANDOM, batches, build, cuttable, fingerprint, inputs, logits, same_weights, weights
 from transformers import AutoModelForCausalLM
 
-from neural_plasticity.anatomy import anatomy_of
 from neural_plasticity.compensation import compensate_heads, dense_again
 from neural_plasticity.errors import InvalidArgument
 from neural_plasticity.gates import advance_warmup, dormant_heads, gate_heads, put_to_sleep, restore_heads, revive_heads, state_of
+from neural_plasticity.probing import anatomy_of
 from neural_plasticity.pruning import apply_pruning_mask
 
 DTYPES = (torch.float32, torch.bfloat16)

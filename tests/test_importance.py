@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from models import HEADS, LAYERS, RANDOM, batches, build, inputs, padded, weights
 
-from neural_plasticity.anatomy import anatomy_of
 from neural_plasticity.gates import gate_heads, put_to_sleep
 from neural_plasticity.importance import CRITERIA, analyze_attention_patterns, calculate_head_gradients, criterion, measure_entropy, measure_heads
+from neural_plasticity.probing import anatomy_of
 
 TEXT = ("gpt2", "llama", "llama-grouped", "bert")
 

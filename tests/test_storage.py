@@ -16,9 +16,10 @@ import neural_plasticity.folders as folders
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.data import embedded_folder, load_embedded_model
 from neural_plasticity.errors import StorageError, UnsupportedModel
+from neural_plasticity.export import export_dense
 from neural_plasticity.gates import advance_warmup, dormant_heads, gate_heads, restore_heads, revive_heads, state_of
 from neural_plasticity.pruning import apply_pruning_mask
-from neural_plasticity.storage import BANK, export_dense, load_pruned, save_pruned
+from neural_plasticity.storage import BANK, load_pruned, save_pruned
 from neural_plasticity.surgery import dense_heads, kept_heads, remove_heads
 
 ASLEEP = [(0, 0), (1, 2)]  # on top of what `cuttable` leaves, or on a whole model
@@ -263,15 +264,23 @@ def set_to(*keys, value):
 
 
 @pytest.mark.parametrize("change, words", [
-    (set_to("schema", value=2), "this release reads version 1"), (set_to("schema", value=None), "schema version None"),
+    (set_to("schema", value=3), "this release reads version 2"), (set_to("schema", value=1), "this release reads version 2"), (set_to("schema", value=None), "schema version None"),
     (set_to("format", value="other"), "not written by save_pruned"),
     (set_to("architecture", value="LlamaForCausalLM"), "none of the classes"), (set_to("architecture", value="AutoModel"), "none of the classes"),
     (set_to("architecture", value="os.system"), "none of the classes"), (set_to("architecture", value=None), "must be names"),
-    (set_to("architecture", value="GPT2Model"), "no place|missing"),
-    (set_to("dense_heads", value=[4, 4, 8]), "config.json describes"), (set_to("dense_heads", value=[4, 4]), "kept_heads"), (set_to("dense_heads", value="4"), "kept_heads"),
-    (set_to("kept_heads", value=[[0], [0], [4]]), "kept_heads"), (set_to("kept_heads", value=[[0], [], [0]]), "kept_heads"),
+    (set_to("architecture", value="GPT2Model"), "does not fit"),
+    (set_to("dense_heads", value=[4, 4]), "kept_heads"), (set_to("dense_heads", value="4"), "kept_heads"),
+    (set_to("kept_heads", value=[[0], [0], [4]]), "kept_heads"), (set_to("kept_heads", value=[[0], [7], [0]]), "kept_heads"),
     (set_to("kept_heads", value=[[-1], [0], [0]]), "kept_heads"), (set_to("kept_heads", value=[[1, 0], [0], [0]]), "kept_heads"),
-    (set_to("kept_heads", value=None), "kept_heads"), (set_to("kept_heads", value=[[0, 1], [0, 1, 2, 3], [1, 2, 3]]), "has shape"),
+    (set_to("kept_heads", value=None), "kept_heads"), 
+    (set_to("operations", value=[]), "has shape"), (set_to("operations", value=None), "what was done"), (set_to("operations", value=[{"do": "Exec", "code": "1"}]), "no step of a removal"),
+    (set_to("operations", 0, "parameter", value="transformer.wte.nothing"), "does not fit"), (set_to("operations", 0, "gone", value=[0, 10_000]), "does not fit"),
+    (set_to("operations", 0, "gone", value=[0, 0]), "does not fit"), (set_to("operations", 0, "do", value="SetSize"), "no step of a removal"),
+    (set_to("operations", value=[{"do": "SetSize", "module": "transformer.h.0.attn", "attribute": "forward", "value": 1, "position": None}]), "does not fit"),
+    (set_to("operations", value=[{"do": "SetSize", "module": "transformer.h.0.attn", "attribute": "num_heads", "value": 999, "position": None}]), "does not fit"),
+    (set_to("operations", value=[{"do": "Silence", "module": "transformer.ln_f", "projection": "yes"}]), "does not fit"),
+    (set_to("classes", value=None), "what was done"), (set_to("classes", value={"transformer.h.0.attn": "OtherAttention"}), "is a GPT2Attention in transformers"),
+    (set_to("dense_config", value={"n_head": "4"}), "dense_config"), (set_to("dense_config", value={"architectures": 4}), "no number of the config"),
     (set_to("files", value={}), "no config.json"), (set_to("files", value=["model.safetensors"]), "files must give"),
     (set_to("files", "config.json", "sha256", value=7), "files must give"),
     (set_to("dormant", value=[]), "dormant must hold"), (set_to("dormant", "gates", value=[[0, 1], [1, 1], [1, 1]]), "gates of shape"),
@@ -347,9 +356,9 @@ def test_nothing_is_built_before_everything_is_checked(folder, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("something was read too early")
 
-    monkeypatch.setattr(storage, "AutoConfig", never)
+    monkeypatch.setattr(storage, "model_class", never)
     monkeypatch.setattr(storage, "load_file", never)
-    monkeypatch.setattr(storage, "_dense_model", never)
+    monkeypatch.setattr(storage, "blank_model", never)
     (folder / BANK).write_bytes(b"")
     refused(folder, "is not the file that was saved")
 

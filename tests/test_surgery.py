@@ -4,12 +4,16 @@ import contextlib
 import pytest
 import torch
 from models import CAUSAL, RANDOM, build, cuttable, fingerprint, inputs, logits, padded, same_weights, weights
+from transformers import BitNetConfig, BitNetForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM
 
+import neural_plasticity.operations as operations
+import neural_plasticity.proof as proof
 import neural_plasticity.surgery as surgery
-from neural_plasticity.anatomy import anatomy_of
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import InvalidArgument, NotRemovable
 from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads, revive_heads
+from neural_plasticity.probing import anatomy_of
+from neural_plasticity.proof import TOLERANCE
 from neural_plasticity.pruning import apply_pruning_mask
 from neural_plasticity.surgery import kept_heads, remove_heads
 
@@ -133,7 +137,7 @@ def test_other_dtypes(name, dtype):
         expected = logits(model)
     report = remove_heads(model, cuttable(name))
     scale = float(expected.abs().max())
-    torch.testing.assert_close(logits(model), expected, atol=surgery.TOLERANCE[dtype] * scale, rtol=0)
+    torch.testing.assert_close(logits(model), expected, atol=TOLERANCE[dtype] * scale, rtol=0)
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters()) < report.parameters_before
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -180,36 +184,51 @@ def everything(model):
     return fingerprint(model), {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name, heads, words", [
-    ("gpt2", [(1, 0), (1, 1), (1, 2), (1, 3)], "a layer must keep one"),
-    ("bert", [(0, 1), *((2, head) for head in range(4))], "a layer must keep one"),
-    ("llama-grouped", [(0, 0), (0, 1), (1, 0)], "must be equal"),
-])
-def test_cuts_that_cannot_be_made(name, heads, words):
-    model = build(name)
+def bitnet():
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=53)
+    return BitNetForCausalLM(BitNetConfig(bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes)).eval()
+
+
+def test_heads_that_are_mixed_before_their_projection():
+    "BitNet's norm runs across all heads: they can be gated, and say why they cannot be cut."
+    model = bitnet()
     before, values = everything(model), weights(model)
-    with pytest.raises(NotRemovable, match=words):
-        remove_heads(model, heads)
+    with pytest.raises(NotRemovable, match=r"head \(1, 2\): its heads are mixed before model.layers.1.self_attn.o_proj"):
+        remove_heads(model, [(1, 2)])
     assert everything(model) == before and same_weights(model, values) and kept_heads(model) is None
+
+
+def test_units_go_together():
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=53)
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(bos_token_id=None, eos_token_id=None, **sizes)).eval()
+    assert anatomy_of(model).sites[0].units == ((0, 2), (1, 3))
+    with pytest.raises(NotRemovable, match=r"only be removed together"):
+        remove_heads(model, [(0, 0)])
+    with gate_heads(model, [(0, 0), (0, 2)]):
+        expected = logits(model, {"input_ids": torch.arange(18).view(2, 9)})
+    remove_heads(model, [(0, 0), (0, 2)])
+    torch.testing.assert_close(logits(model, {"input_ids": torch.arange(18).view(2, 9)}), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dormant", (False, True))
 @pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt, MemoryError))
-@pytest.mark.parametrize("where", ("_cut", "_sync_linear", "_prove", "_difference", "_remember"))
+@pytest.mark.parametrize("where", ((operations.Cut, "apply"), (operations, "_sync_sizes"), (surgery, "prove"), (proof, "largest_difference"), (surgery, "_remember"),
+                                   (surgery, "_anatomy_after")), ids=lambda where: where[1])
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch, where, error, dormant):
     model = build("gpt2")
     if dormant:
         apply_pruning_mask(model, [(0, 1)], "zero_weights")
     before, values, expected = everything(model), weights(model), logits(model)
-    real, calls = getattr(surgery, where), []
+    (home, name), calls = where, []
+    real = getattr(home, name)
 
     def struck(*arguments):
         calls.append(where)
-        if len(calls) == (3 if where in ("_cut", "_sync_linear") else 1):
+        if len(calls) == (3 if name in ("apply", "_sync_sizes") else 1):
             raise error("struck")
         return real(*arguments)
 
-    monkeypatch.setattr(surgery, where, struck)
+    monkeypatch.setattr(home, name, struck)
     with pytest.raises(error, match="struck"):
         remove_heads(model, cuttable("gpt2"))
     monkeypatch.undo()
@@ -221,12 +240,13 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch, where, e
 def test_a_cut_that_cannot_be_proven_is_taken_back(monkeypatch):
     model = build("llama-grouped")
     before, values = everything(model), weights(model)
-    real = surgery._cut
+    real = operations.Cut.apply
 
-    def clumsy(parameter, dim, remove):
-        return real(parameter, dim, (remove + 1) % parameter.shape[dim])  # the neighbour's weights
+    def clumsy(cut, model):
+        size = model.get_parameter(cut.parameter).shape[cut.dim]
+        return real(operations.Cut(cut.parameter, cut.dim, [(index + 1) % size for index in cut.gone]), model)  # the neighbour's weights
 
-    monkeypatch.setattr(surgery, "_cut", clumsy)
+    monkeypatch.setattr(operations.Cut, "apply", clumsy)
     with pytest.raises(NotRemovable, match="no cut could be proven"):
         remove_heads(model, cuttable("llama-grouped"))
     assert everything(model) == before and same_weights(model, values)

@@ -11,11 +11,12 @@ from models import batches, build
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from transformers import Trainer, TrainingArguments
 
-from neural_plasticity.anatomy import anatomy_of, exclusive_slices
+from neural_plasticity.anatomy import exclusive_slices
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import EnvironmentProblem, InvalidArgument
 from neural_plasticity.gates import dormant_heads, put_to_sleep, restore_heads, revive_heads, state_of
 from neural_plasticity.optimizer import get_plasticity_optimizer, headwise_updates
+from neural_plasticity.probing import anatomy_of
 from neural_plasticity.regrowth import PlasticitySchedule
 from neural_plasticity.trainer import STATE_FILE, PlasticityCallback, PlasticityTrainer
 from neural_plasticity.training import HISTORY_KEYS, recovery_rate, run_plasticity_loop, train_with_plasticity

@@ -10,7 +10,7 @@ from house import NOTEBOOKS, page
 
 pytest.importorskip("ipywidgets")
 
-from neural_plasticity.anatomy import probe  # noqa: E402
+from neural_plasticity.probing import probe  # noqa: E402
 from neural_plasticity.data import load_embedded_model, load_embedded_text, text_dataloader  # noqa: E402
 from neural_plasticity.errors import InvalidArgument, PlasticityError, WrongType  # noqa: E402
 from neural_plasticity.evaluation import evaluate_model, generate_sample  # noqa: E402
