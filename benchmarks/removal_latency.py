@@ -25,7 +25,7 @@ What it could win
 
 Run (a few minutes each; on a machine with nothing else to do)
     python benchmarks/removal_latency.py --threads 2
-    python benchmarks/removal_latency.py --device cuda --dtype bfloat16
+    python benchmarks/removal_latency.py --device cuda --dtype bfloat16 --threads 1
     python benchmarks/removal_latency.py --quick       does it run? Tiny models; its times mean nothing and are kept only with --out
 """
 import argparse

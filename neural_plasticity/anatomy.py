@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import InvalidArgument
 
-# %% ../nbs/11_anatomy.ipynb #f1338a42
+# %% ../nbs/11_anatomy.ipynb #569fa181
 @dataclass(frozen=True, eq=False)
 class HeadSlices:
     "Which indices of one parameter each head of a site uses."
@@ -24,6 +24,7 @@ class HeadSlices:
     dim: int  # the dimension that is indexed
     used: Tensor  # bool [H, size of that dimension]
     only_values: bool = False  # whether the heads read nothing but their values from it
+    linear: bool = True  # whether it belongs to a linear layer
 
 
 @dataclass(frozen=True, eq=False)

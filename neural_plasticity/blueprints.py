@@ -131,7 +131,7 @@ def without_numbers(model: nn.Module) -> list[str]:
     plain = [f"{path}.{name}".strip(".") for path, module in model.named_modules() for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
     return held + plain
 
-# %% ../nbs/22_blueprints.ipynb #b52cb910
+# %% ../nbs/22_blueprints.ipynb #220bb941
 _COUNTS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
 
 
@@ -153,9 +153,10 @@ def _candidates(config, before: list[int], after: list[int]) -> Iterator[dict[st
         value = getattr(config, name)
         kept = value * left // heads
         options.append(dict.fromkeys([left if value == heads else kept, kept, value]))
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if hasattr(config, "head_dim") else None)
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
     for values in product(*options):
-        yield {**dict(zip(names, values)), **({} if width is None else {"head_dim": width})}
+        for more in ({"head_dim": width}, {}) if width else ({},):  # many classes read a head_dim that their config need not have; some have another name for it
+            yield {**dict(zip(names, values)), **more}
 
 
 def fitting_config(
@@ -165,7 +166,7 @@ def fitting_config(
     after: list[int],  # heads that are left
 ) -> dict[str, int] | None:  # what to change in the config; None if no plain config will do
     "The changes with which the model's own config describes a model from which heads were removed."
-    if not operations or any(not isinstance(operation, (Cut, SetSize)) for operation in operations):
+    if not operations or any(not isinstance(step, (Cut, SetSize, OwnConfig)) or getattr(step, "mapped", False) for step in operations):
         return None
     shapes, numbers = {name: place.shape for name, place in _places(model).items()}, _numbers(model)
     for changes in _candidates(model.config, before, after):

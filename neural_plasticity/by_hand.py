@@ -122,7 +122,7 @@ def _sizes(layers: dict[str, list[str]], features: dict[str, int], heads: dict[s
     size = next(iter(found.values()), head_dim)
     return {"q": size, "k": size, "v": head_dim}
 
-# %% ../nbs/11_by_hand.ipynb #494ddff7
+# %% ../nbs/11_by_hand.ipynb #5d9d54ea
 def _share(used: Tensor) -> bool:
     "Whether all heads use the same indices, so that none can own any."
     return len(used) > 1 and used.all(0).equal(used.any(0))
@@ -132,14 +132,14 @@ class _Parameters:
     "The parameters of a model, and the slices that belong to heads."
 
     def __init__(self, model: nn.Module):
-        self.held = dict(model.named_parameters(remove_duplicate=False))
+        self.held, self.linears = dict(model.named_parameters(remove_duplicate=False)), linear_layers(model)
         self.first = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights go by one name
         self.buffers = {name for name, _ in model.named_buffers()}
 
     def slices(self, name: str, dim: int, used: Tensor, only_values: bool = False) -> list[HeadSlices]:
         held = self.held.get(name)
         fits = held is not None and held.is_floating_point() and held.dim() > dim and held.shape[dim] == used.shape[1]
-        return [HeadSlices(self.first[id(held)], dim, used, only_values)] if fits and not _share(used) else []
+        return [HeadSlices(self.first[id(held)], dim, used, only_values, name.rpartition(".")[0] in self.linears)] if fits and not _share(used) else []
 
     def of_linear(self, name: str, linear: nn.Module, used: Tensor, inputs: bool = False, only_values: bool = False) -> list[HeadSlices]:
         "Weight and bias; nothing where the weights are not there in plain form (quantised): such a layer can be gated only."

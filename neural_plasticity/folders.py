@@ -49,7 +49,7 @@ def seal(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
 
-# %% ../nbs/22_folders.ipynb #0a8e04ba
+# %% ../nbs/22_folders.ipynb #64fe57b4
 _PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # no absolute path, no "..", no backslash
 _CAN_RUN = {".bin", ".ckpt", ".dll", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".py", ".pyc", ".so"}
 
@@ -66,7 +66,10 @@ def _problem(manifest) -> str | None:
     if not isinstance(files, dict) or not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str) for entry in files.values()):
         return "files must give bytes and sha256 of each"
     odd = [name for name in files if not _PLAIN_NAME.fullmatch(name)]
-    return f"{odd[0]!r} is no name of a file inside the folder" if odd else None
+    if odd:
+        return f"{odd[0]!r} is no name of a file inside the folder"
+    can_run = [name for name in files if Path(name).suffix.lower() in _CAN_RUN]
+    return f"it lists {can_run[0]!r}; files that can carry code are never part of a saved model" if can_run else None
 
 # %% ../nbs/22_folders.ipynb #9749cab8
 def read_manifest(folder: Path) -> dict:

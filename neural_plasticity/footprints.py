@@ -92,7 +92,7 @@ def footprints(calls: list[Seen], axes: list[int], positions: tuple[int, ...], c
                 values.add(head, projected, direction)
     return used, values
 
-# %% ../nbs/11_footprints.ipynb #05908ec5
+# %% ../nbs/11_footprints.ipynb #56d1f013
 def value_groups(used: Footprints, values: Footprints) -> tuple[tuple[int, ...], ...]:
     "Heads that share a key/value head: that read common values, or, where these are not known, something that not all heads read."
     features = list(values.features.values()) or [read for read in used.features.values() if not read.all(0).equal(read.any(0))]
@@ -113,8 +113,8 @@ def head_slices(model: nn.Module, projection: str | None, columns: Tensor | None
     first = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights go by one name
     sizes, found = {name: parameter.shape for name, parameter in held.items()}, []
 
-    def add(name: str, dim: int, indices: Tensor, only_values: bool = False) -> None:
-        found.append(HeadSlices(first[id(held[name])], dim, indices, only_values))
+    def add(name: str, dim: int, indices: Tensor, only_values: bool = False, linear: bool = True) -> None:
+        found.append(HeadSlices(first[id(held[name])], dim, indices, only_values, linear))
 
     if columns is not None:
         dim = 1 - output_dim(model.get_submodule(projection))
@@ -136,5 +136,5 @@ def head_slices(model: nn.Module, projection: str | None, columns: Tensor | None
                 add(bias, 0, features, only_values)
     for (name, dim), indices in used.others.items():
         if not indices.all(0).equal(indices.any(0)):
-            add(name, dim, indices)
+            add(name, dim, indices, linear=False)
     return tuple(found)

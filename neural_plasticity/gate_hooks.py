@@ -94,7 +94,7 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #204abebc
+# %% ../nbs/12_gate_hooks.ipynb #641af308
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     "The module that holds a site's gate, and the name of its buffer."
     if site.gate == "projection":
@@ -108,6 +108,7 @@ def has_gate(model: nn.Module, site: Site) -> bool:
     return name in holder._buffers or not site.num_heads  # a site whose heads are all removed has nothing to gate
 
 
+@torch.inference_mode(False)
 def attach_gate(model: nn.Module, site: Site) -> None:
     "Give a site a gate, all open. Does nothing if it has one."
     if has_gate(model, site):

@@ -83,12 +83,12 @@ def get_map(module: nn.Module) -> dict | None:
     return {"heads": module.plasticity_heads, "pick_queries": module.plasticity_pick,
             **{name: None if tensor is None else tensor.tolist() for name, tensor in numbers.items()}}
 
-# %% ../nbs/21_head_maps.ipynb #2feae342
+# %% ../nbs/21_head_maps.ipynb #fdc18e5b
 def _pick(thing, heads: int, kept: Tensor):
     "A tensor with as many heads as there once were, [B,heads,...] or [heads], reduced to those that are left; anything else as it is."
     if isinstance(thing, Tensor) and thing.dim() == 4 and thing.shape[1] == heads:
         return thing.index_select(1, kept)
-    if isinstance(thing, Tensor) and thing.dim() == 1 and thing.shape[0] == heads:
+    if isinstance(thing, Tensor) and thing.dim() == 1 and thing.shape[0] == heads and thing.is_floating_point():
         return thing.index_select(0, kept)
     return thing
 

@@ -5,52 +5,90 @@
 # %% auto #0
 __all__ = ['local_folder', 'push_pruned']
 
-# %% ../nbs/22_hub.ipynb #305b52ee
+# %% ../nbs/22_hub.ipynb #6886b31c
 import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from .errors import InvalidArgument, SourceUnavailable
-from .folders import check_files, read_manifest
+from .errors import InvalidArgument, SourceUnavailable, StorageError
+from .folders import MANIFEST, check_files, read_manifest
+from .sources import hub_problem
 
-# %% ../nbs/22_hub.ipynb #6ade6a95
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # nothing that can carry code
+# %% ../nbs/22_hub.ipynb #369795ff
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def _is_local(source) -> bool:
+    "Whether a source is a folder, or one that an interrupted save moved aside, or can only be meant as one."
+    path = Path(source)
+    return path.exists() or path.with_name(f".{path.name}.previous").exists() or not isinstance(source, str)
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return f"huggingface_hub says {type(error).__name__}: {text}"
+
+
+def _reason(error: Exception, problem: str | None, revision: str | None) -> str:
+    "Why a repository cannot be had, in words."
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision!r}. Give a branch, a tag or a commit of it"
+    if isinstance(error, RepositoryNotFoundError) or getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return "there is none of that name, or it is private or gated and your token may not read it. Check the name; `hf auth login` sets the token"
+    return f"{problem}; {_said(error)}" if problem else _said(error)
 
 
 def local_folder(
     source,  # a folder, or a repository of the hub, "owner/name"
     revision: str | None = None,  # branch, tag or commit of a repository
 ) -> Path:
-    "The folder itself, or a local copy of the repository. Raises `SourceUnavailable` if it cannot be had."
-    path = Path(source)
-    if path.exists() or not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
+    """The folder itself, or a local copy of what a repository's manifest lists. Raises `SourceUnavailable` if the repository cannot be had, and `StorageError` for one
+    without a manifest or for what is neither."""
+    if _is_local(source):
         if revision is not None:
             raise InvalidArgument(f"revision={revision!r} is for repositories of the hub; {source} is a folder")
-        return path
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise SourceUnavailable(f"there is no folder {source!r}, and the hub's repository of that name could not be had: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}. "
-                                "Check the name, the network, and your token if it is private") from error
+        return Path(source)
+    if not _REPOSITORY.fullmatch(source):
+        raise StorageError(f"there is no folder {source!r}, and it is no name of a repository of the hub either: those are called owner/name")
+    problem = hub_problem()
 
-# %% ../nbs/22_hub.ipynb #0ded7181
+    def fetched(names: list[str], revision: str | None) -> Path:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=names, local_files_only=problem is not None))
+
+    try:
+        folder = fetched([MANIFEST], revision)
+        manifest = read_manifest(folder)
+        return fetched([MANIFEST, *manifest["files"]], folder.name)  # of the same commit, whatever is pushed meanwhile
+    except StorageError as error:
+        raise StorageError(f"the repository {source} cannot be loaded: {error}") from error
+    except Exception as error:  # also of the HTTP library that this version of huggingface_hub happens to use
+        raise SourceUnavailable(f"there is no folder {source!r}, and the hub's repository of that name cannot be had: {_reason(error, problem, revision)}") from error
+
+# %% ../nbs/22_hub.ipynb #81cf62ed
+_OURS = ["model*.safetensors*", "plasticity*"]
+
+
 def push_pruned(
     folder,  # written by save_pruned or export_dense
     repository: str,  # "owner/name"; is made if it does not exist
     private: bool = True,
     message: str = "Upload a pruned model",
 ) -> str:  # the address of the commit
-    "Push a saved model to the hub, with the account that `hf auth login` knows. The folder is checked first."
+    "Push a saved model to the hub, with the account that `hf auth login` knows. The folder is checked first. Raises `StorageError` and `SourceUnavailable`."
     folder = Path(folder)
-    if not _REPOSITORY.fullmatch(repository):
+    if not isinstance(repository, str) or not _REPOSITORY.fullmatch(repository):
         raise InvalidArgument(f"repository is {repository!r}; it must be 'owner/name'")
-    check_files(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    problem = hub_problem()
+    if problem:
+        raise SourceUnavailable(f"{folder} was not pushed: {problem}")
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceUnavailable(f"the hub did not take {repository!r}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}. Check the name, the network and your token (hf auth login)") from error
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=[MANIFEST, *manifest["files"], "README.md"], delete_patterns=_OURS)
+    except Exception as error:  # also of the HTTP library
+        raise SourceUnavailable(f"{folder} was not pushed to {repository!r}: {_said(error)}. Check the name, and that your token may write there (hf auth login)") from error
+    return str(commit.commit_url)

@@ -6,12 +6,12 @@
 __all__ = ['Operation', 'Cut', 'SetSize', 'OwnConfig', 'MapHeads', 'PickArguments', 'Silence', 'Rewire', 'Undo', 'to_json',
            'from_json', 'replay']
 
-# %% ../nbs/21_operations.ipynb #30f69bb0
+# %% ../nbs/21_operations.ipynb #34652481
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .anatomy import output_dim
 from .errors import StorageError

@@ -19,9 +19,9 @@ from .anatomy import Anatomy, HeadSlices, Site, components, exclusive_slices
 from .operations import Cut, MapHeads, Operation, OwnConfig, PickArguments, Rewire, SetSize, Silence
 from .recording import linear_layers
 
-# %% ../nbs/21_plans.ipynb #d7884343
+# %% ../nbs/21_plans.ipynb #ecb8f14a
 def _is_linear_weight(part: HeadSlices) -> bool:
-    return part.parameter.endswith(".weight") and part.used.shape[1] >= part.used.shape[0]
+    return part.linear and part.parameter.endswith(".weight")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def task_of(site: Site, mask: Tensor) -> Task | None:
         gone[list(site.units[0])] = False
     return Task(site, gone, emptied)
 
-# %% ../nbs/21_plans.ipynb #da7d3796
-_UNLIKELY = re.compile(r"head_(dim|size)$|^d_(head|kv)$|key_value_proj_dim|rotary|rope|window|layer|max_|^num_experts|_(id|idx|index)$")
+# %% ../nbs/21_plans.ipynb #76dda57b
+_UNLIKELY = re.compile(r"head_(dim|size)$|^d_(head|kv)$|key_value_proj_dim|rotary|rope|window|layer|max_|^num_experts|_(id|idx|index)$|bucket|block|chunk|distance|stride|kernel|length|landmark|hash")
 
 
 def _around(site: Site) -> str:

@@ -46,7 +46,7 @@ def _columns_apart(seen: list[Seen], thinned: bool = False) -> tuple[list[int], 
     together = found is not None and (len(left) < 2 or len(components(left)) > 1)
     return (axes, found) if len(axes) == len(seen) and together else None
 
-# %% ../nbs/11_probing.ipynb #507e668a
+# %% ../nbs/11_probing.ipynb #6dedd70d
 def _site(index: int, model: nn.Module, key: tuple[str, int], seen: list[Seen], calls: tuple[int, ...], recording: Recording, parameters: dict) -> Site:
     "The site behind one attention call, or several that share a projection."
     call, projection = seen[0], recording.linears.get(seen[0].projection)
@@ -59,13 +59,20 @@ def _site(index: int, model: nn.Module, key: tuple[str, int], seen: list[Seen], 
     used, values = footprints(seen, axes, positions, columns, recording.outputs, parameters)
     heads = len(positions)
     every = torch.ones(heads, call.projected.shape[-1] if call.projected is not None else 1, dtype=torch.bool)
-    obstacle = _obstacle(call, seen, columns)
+    obstacle = _obstacle(call, seen, columns, recording.times[call.projection] - recording.times[key])
     owned = columns if columns is not None else every
     units, groups = components(owned), value_groups(used, values)
-    gate = "projection" if obstacle is None and all(len(unit) == 1 for unit in units) else "attention"
+    apart_there = all(len(unit) == 1 for unit in units) and not _sequence_first(call, recording.batch_size)
+    gate = "projection" if obstacle is None and apart_there else "attention"
     size = int(owned.sum(1).max()) if columns is not None and heads else (call.heads.shape[-1] if call.kind == "sdpa" else every.shape[1] // max(1, heads))
     return Site(index, *key, call.projection, heads, len(groups), size, owned, groups, units, head_slices(model, call.projection, columns, used, values), gate, calls, axes[0],
                 None if heads == call.heads.shape[axes[0]] else positions, _folded(call, gate, axes[0], recording.batch_size), _has_sink(call), obstacle)
+
+
+def _sequence_first(call: Seen, batch_size: int) -> bool:
+    "Whether samples are the second dimension of the projection's input, [T,B,C]: gates that differ from sample to sample would miss them there."
+    shape = call.projected.shape if call.projected is not None else (batch_size,)
+    return len(shape) > 2 and shape[0] != batch_size == shape[1]
 
 
 def _folded(call: Seen, gate: str, axis: int, batch_size: int) -> bool:
@@ -84,10 +91,12 @@ def _has_sink(call: Seen) -> bool:
     return bool(weighs[:-1].all() and not weighs[-1])
 
 
-def _obstacle(call: Seen, seen: list[Seen], columns: Tensor | None) -> str | None:
+def _obstacle(call: Seen, seen: list[Seen], columns: Tensor | None, other_uses: int) -> str | None:
     "Why the heads of a site cannot be told apart at its projection, None if they can."
     if columns is None:
         return f"its heads are mixed before {call.projection}" if call.projection else "no linear layer projects its heads"
+    if other_uses > 0:
+        return f"{call.projection} is also used for something else than its heads"
     elsewhere = next((name for one in seen for name in one.elsewhere), None)
     return f"its heads reach {elsewhere} by another way than through {call.projection}" if elsewhere else None
 

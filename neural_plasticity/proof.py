@@ -18,7 +18,7 @@ from transformers import StaticCache
 from .errors import NotRemovable
 from .running import own_randomness
 
-# %% ../nbs/21_proof.ipynb #11caf4a5
+# %% ../nbs/21_proof.ipynb #0e5ae44a
 def _first_tensor(output) -> Tensor:
     "The logits, or whatever comes first."
     values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
@@ -39,6 +39,19 @@ def _padded(model: nn.Module, example: dict) -> Tensor:
     return torch.cat([logits[0, 3:], logits[1]])
 
 
+def _positions(config) -> int:
+    "How many positions an input may have at least, as far as the config says: 64, or fewer."
+    known = [value for part in (config, config.get_text_config()) for name, value in vars(part).items() if "position" in name and type(value) is int and value > 8]
+    return min([64, *(value - 2 for value in known)])  # some tables begin with two places that are no positions
+
+
+def _long(model: nn.Module, example: dict) -> Tensor:
+    "Logits of a longer input: sizes of blocks, buckets and windows do not matter before."
+    limit = _positions(model.config)
+    texts = {name: value.repeat(1, -(-limit // value.shape[1]))[:, :limit] if name in ("input_ids", "decoder_input_ids") else value for name, value in example.items()}
+    return _first_tensor(model(**texts))
+
+
 def _by_steps(model: nn.Module, example: dict, cache=None) -> Tensor:
     "Logits of the last two tokens, each computed alone on the cache of those before."
     name = "decoder_input_ids" if "decoder_input_ids" in example else "input_ids"
@@ -55,10 +68,12 @@ def _static(model: nn.Module, example: dict) -> Tensor:
     "The same on a cache that is laid out beforehand."
     return _by_steps(model, example, StaticCache(config=model.config, max_cache_len=example["input_ids"].shape[1] + 1))
 
-# %% ../nbs/21_proof.ipynb #1b044bdc
+# %% ../nbs/21_proof.ipynb #cfa32219
 def _ways(model: nn.Module, example: dict) -> dict[str, Callable]:
     "The ways in which this model can be asked, by name."
     ways = {"plain": lambda: _first_tensor(model(**example))}
+    if hasattr(model, "config") and {"input_ids", "decoder_input_ids"} & set(example) and "attention_mask" not in example:
+        ways["long"] = lambda: _long(model, example)
     generates = hasattr(model, "can_generate") and model.can_generate()
     if set(example) == {"input_ids"}:
         ways["left-padded"] = lambda: _padded(model, example)

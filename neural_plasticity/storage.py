@@ -66,7 +66,7 @@ def _bank(model: nn.Module) -> dict[str, Tensor]:
             bank |= {f"compensation.{layer}.{name}": getattr(state.compensation[layer], name) for name in _STATISTICS}
     return {name: value.detach().cpu().clone().contiguous() for name, value in bank.items()}
 
-# %% ../nbs/22_storage.ipynb #99311c1c
+# %% ../nbs/22_storage.ipynb #bdd8906e
 BANK = "plasticity_bank.safetensors"
 
 
@@ -78,7 +78,7 @@ def _contents(model: PreTrainedModel, config: dict[str, int]) -> dict:
         "transformers": transformers.__version__, "architecture": type(model).__name__, "attention": model.config._attn_implementation,
         "dense_heads": dense_heads(model) or [site.num_heads for site in anatomy.sites],
         "kept_heads": kept_heads(model) or [list(range(site.num_heads)) for site in anatomy.sites],
-        "operations": to_json(operations_of(model)), "classes": classes_of(model, operations_of(model)), "dense_config": {name: getattr(model.config, name) for name in config},
+        "operations": to_json(operations_of(model)), "classes": classes_of(model, operations_of(model)), "dense_config": {name: getattr(model.config, name, None) for name in config},
         "dormant": None if state is None else {
             "gates": state.gates.tolist(), "zeroed": state.zeroed.nonzero().tolist(), "warmup": [[*head, *steps] for head, steps in state.warmup.items()],
             "compensation": {str(layer): {name: getattr(solution, name) for name in _NUMBERS} for layer, solution in state.compensation.items()}},
@@ -98,7 +98,7 @@ def _problem(manifest: dict) -> str | None:
             _is_list_of_ints(layer) and layer == sorted(set(layer)) and all(0 <= head < heads for head in layer) for layer, heads in zip(kept, dense)):
         return "kept_heads must name, layer by layer, heads that dense_heads has"
     config = manifest.get("dense_config")
-    if not isinstance(config, dict) or not _is_list_of_ints(list(config.values())) or not all(name.isidentifier() for name in config):
+    if not isinstance(config, dict) or not _is_list_of_ints([value for value in config.values() if value is not None]) or not all(name.isidentifier() for name in config):
         return "dense_config must give whole numbers by name"
     if not isinstance(manifest.get("classes"), dict) or not isinstance(manifest.get("operations"), list):
         return "it must say what was done to the model: operations and classes"
@@ -170,7 +170,7 @@ def _tensors(folder: Path, names) -> dict[str, Tensor]:
             raise StorageError(f"{folder / name} cannot be read: {error}") from error
     return found
 
-# %% ../nbs/22_storage.ipynb #25ecd945
+# %% ../nbs/22_storage.ipynb #c2fed340
 def _wake_up_as(model: nn.Module, dormant: dict | None, bank: dict[str, Tensor], example: dict | None) -> None:
     "Gates and bank as they were when the model was saved."
     if dormant is None:
@@ -179,6 +179,8 @@ def _wake_up_as(model: nn.Module, dormant: dict | None, bank: dict[str, Tensor],
     state = PlasticityState(anatomy, torch.tensor(dormant["gates"]), torch.zeros_like(anatomy.exists))
     if state.gates.shape != anatomy.exists.shape:
         raise StorageError(f"the manifest has gates of shape {tuple(state.gates.shape)}, the model heads {tuple(anatomy.exists.shape)}")
+    if not ((state.gates >= 0) & (state.gates <= 1)).all():
+        raise StorageError("the manifest has gates outside 0 to 1")
     for layer, head in dormant["zeroed"]:
         state.zeroed[layer, head] = True
     state.warmup = {(layer, head): [done, steps] for layer, head, done, steps in dormant["warmup"]}
@@ -195,25 +197,44 @@ def _wake_up_as(model: nn.Module, dormant: dict | None, bank: dict[str, Tensor],
         state.compensation[int(layer)] = Compensation(anatomy.sites[int(layer)].columns, **statistics, **numbers)
     adopt_state(model, state)
 
-# %% ../nbs/22_storage.ipynb #ae3fa6e1
+# %% ../nbs/22_storage.ipynb #d6691d7d
+_KERNELS = ("eager", "sdpa", "flex_attention")
+
+
+def _foreign_kernels(entry) -> list:
+    "Attention and expert implementations that a config names, and that are not part of transformers."
+    if isinstance(entry, list):
+        return [found for part in entry for found in _foreign_kernels(part)]
+    if not isinstance(entry, dict):
+        return []
+    named = [value for name, value in entry.items() if name.endswith("_implementation") and not isinstance(value, dict) and value is not None and value not in _KERNELS]
+    return named + [found for name, part in entry.items() for found in (part.values() if name.endswith("_implementation") and isinstance(part, dict) and not set(part.values()) <= set(_KERNELS) else _foreign_kernels(part))]
+
+
 def _dense_config(folder: Path, manifest: dict) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     "The model's class and the config of the dense model."
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    cls = model_class(manifest["architecture"], model_type)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    foreign = _foreign_kernels(written)
+    if foreign:
+        raise StorageError(f"config.json asks for the implementation {foreign[0]!r}, which could be code from elsewhere; only {', '.join(_KERNELS)} are taken from a folder")
+    cls = model_class(manifest["architecture"], written.get("model_type"))
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     for name, value in manifest["dense_config"].items():
         if type(getattr(config, name, None)) is not int and getattr(config, name, None) is not None:
             raise StorageError(f"dense_config names {name!r}, which is no number of the config")
-        setattr(config, name, value)
+        if value is None and name in vars(config):  # the dense config says nothing about it
+            delattr(config, name)
+        elif value is not None:
+            setattr(config, name, value)
     return cls, config
 
-# %% ../nbs/22_storage.ipynb #539c44ba
+# %% ../nbs/22_storage.ipynb #7228b7fb
 def _filled(folder: Path, manifest: dict) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     "The model with its weights and buffers, and what else is in the bank."
     cls, config = _dense_config(folder, manifest)
     operations, paths = from_json(manifest["operations"]), [folder / name for name in _weight_files(manifest)]
     kept = {name.removeprefix("weight."): shape for name, shape in file_shapes([folder / BANK] if BANK in manifest["files"] else []).items() if name.startswith("weight.")}
-    check_shapes(blank_model(cls, config, operations, classes=manifest["classes"]), file_shapes(paths) | kept, folder)  # nothing is allocated before this
+    check_shapes(blank_model(cls, config, operations), file_shapes(paths) | kept, folder)  # nothing is allocated before this
     bank = _tensors(folder, [BANK]) if BANK in manifest["files"] else {}
     for device in ("meta", "cpu"):  # the second for models that make more than parameters and buffers from their config
         model = blank_model(cls, config, operations, device, manifest["classes"])

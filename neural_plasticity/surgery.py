@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RemovalReport', 'kept_heads', 'dense_heads', 'operations_of', 'remember_cut', 'remove_heads']
 
-# %% ../nbs/21_surgery.ipynb #d1b49f39
+# %% ../nbs/21_surgery.ipynb #5665a80f
 from collections import Counter
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from .errors import InvalidArgument, NotRemovable
 from .evaluation import model_cost
 from .examples import example_inputs
 from .gate_hooks import attach_gate, detach_gate, set_gate
-from .gates import dormant_heads, gate_heads, gates_lifted, state_of
+from .gates import dormant_heads, gate_heads, gates_lifted, refuse_open_context, state_of
 from .operations import Operation, OwnConfig, SetSize, Undo
 from .plans import Task, task_of, ways_to_cut
 from .probing import anatomy_of, probe, use_anatomy
@@ -148,7 +148,7 @@ def _anatomy_after(model: nn.Module, anatomy: Anatomy, mask: Tensor, example: di
                            "the model is as it was. Leave each layer a head, or gate these heads instead (mode='gate')")
     return found
 
-# %% ../nbs/21_surgery.ipynb #cf162577
+# %% ../nbs/21_surgery.ipynb #e1bcf8f7
 def _refuse_what_cannot_be(whole: nn.Module, model: nn.Module, anatomy: Anatomy, mask: Tensor) -> None:
     "Complain before anything is touched."
     if isinstance(whole, nn.parallel.DistributedDataParallel):
@@ -164,6 +164,7 @@ def _refuse_what_cannot_be(whole: nn.Module, model: nn.Module, anatomy: Anatomy,
         odd = _odd_layer(model, site)
         if odd:
             raise NotRemovable(f"layer {site.index}: {odd}")
+    refuse_open_context(model)
     _refuse_other_dormant(model, mask)
 
 
@@ -224,7 +225,8 @@ def _remember(model: nn.Module, anatomy: Anatomy, mask: Tensor, done: list[Opera
     kept = [[head for head, gone in zip(layer, mask[index].tolist()) if not gone] for index, layer in enumerate(kept)]
     remember_cut(model, counts, kept, operations_of(model) + done)
 
-# %% ../nbs/21_surgery.ipynb #d18e7a72
+# %% ../nbs/21_surgery.ipynb #1d129ce8
+@torch.inference_mode(False)
 def remove_heads(
     model: nn.Module,
     mask,  # heads to remove: bool [L,H], or pairs (layer, head)

@@ -63,7 +63,7 @@ def _mha_body() -> Callable:
 def _over_last_dimension(args: tuple, kwargs: dict, dimensions: int) -> bool:
     return (args[1] if len(args) > 1 else kwargs.get("dim")) in (-1, dimensions - 1)
 
-# %% ../nbs/10_taps.ipynb #f7db74b3
+# %% ../nbs/10_taps.ipynb #1c4d9e32
 def _is_plumbing(module: nn.Module) -> bool:
     "PyTorch's own layers (an `nn.Softmax`, say) work for somebody: the call is the module's that uses them."
     return type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.MultiheadAttention)
@@ -85,9 +85,10 @@ class _ModuleStack:
         "The site of a call that happens now, or None outside all watched modules."
         if not self.frames:
             return None
-        frame = self.frames[-1]
-        frame[1] += 1
-        return frame[0], frame[1] - 1
+        name, count = self.frames[-1]
+        for frame in self.frames:  # a call of a part is a call of the whole, too
+            frame[1] += 1
+        return name, count
 
     @contextmanager
     def watching(self, model: nn.Module, names: set[str] | None):

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 from models import build, cuttable, fingerprint, inputs, logits, same_weights, weights
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, UMT5Config, UMT5ForConditionalGeneration
 
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import InvalidArgument, NotRemovable, UnsupportedModel
 from neural_plasticity.examples import example_inputs
 from neural_plasticity.export import export_dense
-from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep
+from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads
 from neural_plasticity.importance import heads_first, measure_entropy, measure_heads
 from neural_plasticity.operations import MapHeads, Rewire, Silence
 from neural_plasticity.probing import anatomy_of, probe
@@ -369,8 +369,6 @@ def test_gates_of_heads_that_are_mixed_act_in_the_attention():
         compensate_heads(model, [example])
     with pytest.raises(UnsupportedModel, match="use a criterion on gates"):
         measure_heads(model, [{**example, "labels": example["input_ids"]}], ("magnitude",))
-    from neural_plasticity.gates import restore_heads
-
     restore_heads(model)
     assert fingerprint(model) == state
 
@@ -412,3 +410,96 @@ def test_a_model_of_ones_own_needs_an_example():
         torch.testing.assert_close(model(**example), expected, atol=1e-5, rtol=0)
     with pytest.raises(UnsupportedModel, match="no transformers model"):
         save_pruned(model, "anywhere")
+
+
+# --- traps ---
+def test_numbers_that_only_long_inputs_need():
+    "UMT5 with as many buckets of relative positions as heads: that number is no number of heads, and a short input does not tell."
+    sizes = dict(vocab_size=60, d_model=32, d_kv=4, d_ff=32, num_layers=2, num_heads=8, relative_attention_num_buckets=8, relative_attention_max_distance=20)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UMT5ForConditionalGeneration(UMT5Config(decoder_start_token_id=0, **sizes)).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    heads = [(site.index, site.index % 8) for site in anatomy_of(model).sites]
+    ids = torch.randint(3, 60, (1, 60), generator=torch.Generator().manual_seed(0))
+    with gate_heads(model, heads):
+        expected = logits(model, {"input_ids": ids, "decoder_input_ids": ids})
+    remove_heads(model, heads)
+    found = logits(model, {"input_ids": ids, "decoder_input_ids": ids})
+    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_nothing_is_pruned_inside_a_gate_context():
+    model = build("gpt2")
+    put_to_sleep(model, [(0, 0)], zero_weights=True)
+    state, values = fingerprint(model), weights(model)
+    with gate_heads(model, [(1, 1)]):
+        for verb in (lambda: put_to_sleep(model, [(2, 2)]), lambda: restore_heads(model), lambda: remove_heads(model, [(0, 0)])):
+            with pytest.raises(InvalidArgument, match="a gate_heads context is open"):
+                verb()
+    assert fingerprint(model) == state and same_weights(model, values)
+
+
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_heads_whose_weights_are_zero_are_heads(implementation):
+    "As `export_dense` leaves them."
+    model = build("gpt2")
+    for attention in (block.attn for block in model.transformer.h):
+        for part in range(3):
+            attention.c_attn.weight.data[:, 32 * part + 8 : 32 * part + 16] = 0
+            attention.c_attn.bias.data[32 * part + 8 : 32 * part + 16] = 0
+    model.set_attn_implementation(implementation)
+    anatomy = probe(model)
+    assert anatomy.removable.all() and [site.columns.tolist() for site in anatomy.sites] == [site.columns.tolist() for site in probe(build("gpt2")).sites]
+    plain = build("gpt2")
+    assert remove_heads(model, [(0, 1), (1, 0)]).parameters_after == remove_heads(plain, [(0, 1), (1, 0)]).parameters_after
+
+
+def test_per_sample_gates_where_the_sequence_comes_first():
+    model = small_model("seq2seq", "fsmt")
+    example = example_inputs(model, batch_size=3, length=6)
+    gates = torch.rand(3, *anatomy_of(model).exists.shape, generator=torch.Generator().manual_seed(0))
+    with gate_heads(model, gates):
+        together = logits(model, example)
+    for sample in range(3):
+        with gate_heads(model, gates[sample]):
+            alone = logits(model, {name: value[sample : sample + 1] for name, value in example.items()})
+        torch.testing.assert_close(together[sample : sample + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_projection_that_something_else_uses_is_not_cut():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+            heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(heads.transpose(1, 2).flatten(2)) + self.out(x)
+
+    model, example = Twice().eval(), {"x": torch.randn(1, 5, 16)}
+    [site] = anatomy_of(model, example).sites
+    assert site.gate == "attention" and "also used for something else" in site.obstacle
+    with pytest.raises(NotRemovable, match="also used for something else"):
+        remove_heads(model, [(0, 1)], example=example)
+
+
+@pytest.mark.parametrize("key", ("attn_implementation", "_attn_implementation"))
+def test_a_config_cannot_ask_for_kernels_from_elsewhere(key, tmp_path):
+    import hashlib
+    import json
+
+    from neural_plasticity.errors import StorageError
+    from neural_plasticity.folders import _checksum
+
+    folder = save_pruned(build("gpt2"), tmp_path / "model")
+    config = {**json.loads((folder / "config.json").read_text()), key: "somebody/kernel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    content, manifest = (folder / "config.json").read_bytes(), json.loads((folder / "plasticity.json").read_text())
+    manifest["files"]["config.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["checksum"] = _checksum(manifest)
+    (folder / "plasticity.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="could be code from elsewhere"):
+        load_pruned(folder)

@@ -8,19 +8,23 @@ import sys
 
 import pytest
 import torch
+import transformers
 from models import RANDOM, batches, build, cuttable, fingerprint, inputs, logits, same_weights, weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import neural_plasticity.folders as folders
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.data import embedded_folder, load_embedded_model
 from neural_plasticity.errors import StorageError, UnsupportedModel
+from neural_plasticity.examples import example_inputs
 from neural_plasticity.export import export_dense
 from neural_plasticity.gates import advance_warmup, dormant_heads, gate_heads, restore_heads, revive_heads, state_of
+from neural_plasticity.probing import probe
 from neural_plasticity.pruning import apply_pruning_mask
 from neural_plasticity.storage import BANK, load_pruned, save_pruned
-from neural_plasticity.surgery import dense_heads, kept_heads, remove_heads
+from neural_plasticity.surgery import dense_heads, kept_heads, operations_of, remove_heads
+from neural_plasticity.zoo_models import small_model
 
 ASLEEP = [(0, 0), (1, 2)]  # on top of what `cuttable` leaves, or on a whole model
 
@@ -458,3 +462,148 @@ def test_links_and_relative_paths(tmp_path, monkeypatch):
     for path in (tmp_path / "model").iterdir():
         os.symlink(path, cache / path.name)
     assert logits(load_pruned(cache), inputs(build("gpt2"))).equal(logits(load_pruned("model")))
+
+
+# --- the same cut in every layer ---
+def small_and_cut(task, model_type, whole_group):
+    "A small model without the first head of each group, or without the first group, at every site."
+    model = small_model(task, model_type)
+    sites = probe(model).sites
+    remove_heads(model, [(site.index, head) for site in sites for head in (site.groups[0] if whole_group else [group[0] for group in site.groups if len(group) > 1] or [0])])
+    return model
+
+
+@torch.no_grad()
+def zoo_logits(model):
+    return model(**example_inputs(model)).logits
+
+
+GROUPED = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt_oss")
+PLAIN = [("causal-lm", model_type, whole_group) for model_type in GROUPED for whole_group in (True, False)] + [("image-classification", "vit", False)]
+PLAIN += [("causal-lm", "phi3", True)]
+
+
+@pytest.mark.parametrize("task, model_type, whole_group", PLAIN)
+def test_an_even_cut_is_an_ordinary_model(task, model_type, whole_group, tmp_path):
+    "Plain from_pretrained reads it, for the config says the new counts."
+    model = small_and_cut(task, model_type, whole_group)
+    heads, left = dense_heads(model)[0], len(kept_heads(model)[0])
+    save_pruned(model, tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.num_attention_heads == left < heads == model.config.num_attention_heads
+    plain = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "model")
+    assert type(plain.eval()) is type(model) and zoo_logits(plain).equal(zoo_logits(model)) and kept_heads(plain) is None
+    loaded = load_pruned(tmp_path / "model")
+    assert zoo_logits(loaded).equal(zoo_logits(model)) and same_weights(loaded, weights(model))
+    assert kept_heads(loaded) == kept_heads(model) and dense_heads(loaded) == dense_heads(model)
+    original = model.config.to_dict()
+    assert {name: value for name, value in loaded.config.to_dict().items() if name in original} == original  # and perhaps the size of a head, written out
+    if model.can_generate() and task == "causal-lm":
+        ids = example_inputs(model)["input_ids"]
+        assert len({str(one.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).tolist()) for one in (plain, loaded, model)}) == 1
+    export_dense(loaded, tmp_path / "dense")
+    assert AutoConfig.from_pretrained(tmp_path / "dense").num_attention_heads == heads
+    dense = type(model).from_pretrained(tmp_path / "dense").eval()
+    assert dense.num_parameters() == small_model(task, model_type).num_parameters()
+    torch.testing.assert_close(zoo_logits(dense), zoo_logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", (1, 2, 3))
+@pytest.mark.parametrize("name", ("gpt2", "bert"))
+def test_an_even_cut_that_a_config_cannot_say(name, heads, tmp_path):
+    "There heads times head size is the width: a config with fewer heads means larger ones."
+    model = build(name)
+    remove_heads(model, [(layer, head) for layer in range(3) for head in range(heads)])
+    save_pruned(model, tmp_path / "model")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path / "model")
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_attention_heads == 4
+    assert_same_model(load_pruned(tmp_path / "model"), model)
+
+
+def test_a_config_that_fits_is_forgotten_with_the_next_cut(tmp_path):
+    "Even, saved and loaded, then ragged: the config of the second folder is the dense model's again."
+    model = small_and_cut("causal-lm", "llama", False)
+    save_pruned(model, tmp_path / "even")
+    again = load_pruned(tmp_path / "even")
+    for one in (model, again):
+        remove_heads(one, [(0, 0)])
+    save_pruned(again, tmp_path / "ragged")
+    assert AutoConfig.from_pretrained(tmp_path / "ragged").num_attention_heads == 6
+    loaded = load_pruned(tmp_path / "ragged")
+    assert zoo_logits(loaded).equal(zoo_logits(model)) and kept_heads(loaded) == kept_heads(model)
+
+
+# --- ragged cuts in another process ---
+RAGGED = [  # (task, type, heads to remove, the step that such a cut takes)
+    ("causal-lm", "qwen3", [(0, 0), (0, 1), (1, 3), (2, 0), (2, 1), (2, 2)], "MapHeads"),
+    ("causal-lm", "codegen", [(0, 0), (1, 1), (1, 3)], "Rewire"),
+    ("seq2seq", "bart", [*((1, head) for head in range(6)), (3, 2), (7, 0)], "Silence"),
+    ("causal-lm", "bloom", [(0, 0), (1, 1), (1, 2)], "PickArguments"),
+]
+
+
+@pytest.mark.parametrize("task, model_type, heads, step", RAGGED)
+def test_ragged_cuts_in_another_process(task, model_type, heads, step, tmp_path):
+    model = small_model(task, model_type)
+    remove_heads(model, heads)
+    assert step in {type(operation).__name__ for operation in operations_of(model)}
+    save_pruned(model, tmp_path / "model")
+    torch.save({"example": example_inputs(model), "logits": zoo_logits(model), "weights": weights(model), "heads": kept_heads(model)}, tmp_path / "expected.pt")
+    script = """
+import sys, torch
+from neural_plasticity import load_pruned
+from neural_plasticity.surgery import kept_heads
+torch.set_num_threads(1)
+model, expected = load_pruned(sys.argv[1] + "/model"), torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    assert model(**expected["example"]).logits.equal(expected["logits"])
+found = model.state_dict()
+assert found.keys() == expected["weights"].keys() and all(value.equal(expected["weights"][name]) for name, value in found.items())
+assert kept_heads(model) == expected["heads"]
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read as Linux tells it")
+def test_saving_and_loading_need_the_weights_once(tmp_path):
+    "What a process allocates besides, at its highest, is a fraction of the model; pages of files that are mapped do not count."
+    script = """
+import sys, threading, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from neural_plasticity import load_pruned, remove_heads, save_pruned
+torch.set_num_threads(1)
+
+def allocated():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def highest(action):
+    before, seen, done = allocated(), [], threading.Event()
+    def watch():
+        while not done.wait(0.001):
+            seen.append(allocated())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = action()
+    done.set()
+    thread.join()
+    return result, max([*seen, allocated()]) - before
+
+def model(layers):
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=16)).eval()
+    remove_heads(made, [(0, 0), (1, 1), (1, 2)])
+    return made
+
+load_pruned(save_pruned(model(2), sys.argv[1] + "/first"))  # whatever is imported or set up the first time
+large = model(4)
+size = sum(parameter.numel() * 4 for parameter in large.parameters())
+_, saving = highest(lambda: save_pruned(large, sys.argv[1] + "/model"))
+loaded, loading = highest(lambda: load_pruned(sys.argv[1] + "/model"))
+print(saving / size, loading / size)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    saving, loading = map(float, done.stdout.split())
+    assert saving < 0.5 and loading < 1.5
