@@ -17,7 +17,7 @@ _ROOMS = {
     "anatomy": "Anatomy",
     "probing": "probe detect_model_structure use_anatomy",
     "by_hand": "describe_site anatomy_by_hand",
-    "gates": "gate_heads restore_heads revive_heads dormant_heads",
+    "gates": "gate_heads restore_heads revive_heads dormant_heads bank_on_disk",
     "entropy": "attention_entropy calculate_head_entropy",
     "importance": "CRITERIA criterion measure_heads measure_entropy analyze_attention_patterns calculate_head_gradients",
     "evaluation": "evaluate_model bits_per_byte measure_latency generate_sample model_cost",

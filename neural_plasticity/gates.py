@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['PlasticityState', 'state_of', 'refuse_open_context', 'dormant_heads', 'ensure_state', 'adopt_state', 'gates_lifted',
            'projection_parts', 'rewrite_projections', 'put_to_sleep', 'revive_heads', 'restore_heads', 'advance_warmup',
-           'gate_heads']
+           'bank_on_disk', 'gate_heads']
 
-# %% ../nbs/12_gates.ipynb #7cb9c271
+# %% ../nbs/12_gates.ipynb #c5fc464a
+import os
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site, columns_first, heads_to_mask
-from .errors import InvalidArgument
+from .errors import InvalidArgument, UnsupportedModel
 from .gate_hooks import attach_gate, detach_gate, has_gate, override_gate, set_gate
 from .probing import anatomy_of
 from .running import uncompiled, unwrap
 
-# %% ../nbs/12_gates.ipynb #a3e749dd
+# %% ../nbs/12_gates.ipynb #ca33dc38
 @dataclass
 class PlasticityState:
     "Which heads of a model are dormant, and everything needed to wake them."
@@ -34,6 +36,10 @@ class PlasticityState:
     asleep: dict[int, Tensor] = field(default_factory=dict)  # layer → bool [H], the dormant heads it was written for
     compensation: dict[int, Any] = field(default_factory=dict)  # layer → what can solve for the remaining columns again (room 20)
     warmup: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # head → [steps done, steps in all]
+    folder: Path | None = None  # where the bank is kept; None: in memory
+
+    def __getstate__(self):
+        return self.__dict__ | {"folder": None}  # copies must not write into the same files
 
     @property
     def dormant(self) -> Tensor:
@@ -116,7 +122,7 @@ def gates_lifted(model: nn.Module):
     del model.plasticity_state
     _forget_compiled()
 
-# %% ../nbs/12_gates.ipynb #497c1479
+# %% ../nbs/12_gates.ipynb #dc9cadba
 def projection_parts(model: nn.Module, site: Site) -> dict[str, Tensor]:
     "The output projection as `weight` [C, out] (a view) and, where there is one, `bias` [out]."
     linear = unwrap(model).get_submodule(site.projection)
@@ -124,6 +130,21 @@ def projection_parts(model: nn.Module, site: Site) -> dict[str, Tensor]:
     if getattr(linear, "bias", None) is not None:
         parts["bias"] = linear.bias.data
     return parts
+
+
+def _banked(state: PlasticityState, layer: int, kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Values as the bank keeps them: in memory, or in files that are read where they lie."
+    values = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    if state.folder is None:
+        return {name: value.clone() for name, value in values.items()}
+    kept = {}
+    for name, value in values.items():
+        path = state.folder / f"{kind}.{layer}.{name}"
+        part = path.with_suffix(".part")
+        part.write_bytes(value.view(torch.uint8).numpy().tobytes())
+        os.replace(part, path)  # whoever reads the old file goes on reading the old file
+        kept[name] = torch.from_file(str(path), shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)
+    return kept
 
 
 def _target(state: PlasticityState, site: Site, asleep: Tensor) -> dict[str, Tensor]:
@@ -135,7 +156,7 @@ def _target(state: PlasticityState, site: Site, asleep: Tensor) -> dict[str, Ten
     target["weight"][zero] = 0
     return target
 
-# %% ../nbs/12_gates.ipynb #8aec3e69
+# %% ../nbs/12_gates.ipynb #fec6ca72
 def rewrite_projections(model: nn.Module, layers=None) -> None:
     "Bring the output projections in line with the model's state (all of them, or those of the given layers)."
     model, state = unwrap(model), state_of(model)
@@ -146,21 +167,21 @@ def rewrite_projections(model: nn.Module, layers=None) -> None:
             continue
         parts = projection_parts(model, site)
         if layer not in state.original:
-            state.original[layer] = {name: value.detach().cpu().clone() for name, value in parts.items()}
-            state.written[layer] = {name: value.clone() for name, value in state.original[layer].items()}
+            state.original[layer], state.written[layer] = (_banked(state, layer, kind, parts) for kind in ("original", "written"))
             state.asleep[layer] = torch.zeros(site.num_heads, dtype=torch.bool)
         target = _target(state, site, asleep)
-        awake = ~site.columns[state.asleep[layer] | asleep].any(0)  # columns that were and are in use: training may have moved them
+        slept = state.asleep[layer] | asleep if site.gate == "projection" else torch.zeros_like(asleep)  # behind mixed heads no column sleeps
+        awake = ~site.columns[slept].any(0)  # columns that were and are in use: training may have moved them
         for name, part in parts.items():
             trained = part.detach().cpu().double() - state.written[layer][name].to(part.dtype).double()  # the model's dtype may have changed
             if name == "weight":
                 trained[~awake] = 0
             moved = (target[name].double() + trained).to(part.dtype)
-            state.written[layer][name] = target[name]
             part.copy_(torch.where(trained == 0, target[name], moved))
+        state.written[layer] = _banked(state, layer, "written", target)
         state.asleep[layer] = asleep.clone()
 
-# %% ../nbs/12_gates.ipynb #7d7a1ad3
+# %% ../nbs/12_gates.ipynb #4afb93bd
 def _push_gates(model: nn.Module) -> None:
     state = state_of(model)
     for site in state.anatomy.sites:
@@ -184,6 +205,8 @@ def put_to_sleep(
     if zero_weights and any(mask[layer].any() for layer in mixed):
         layer = min(layer for layer in mixed if mask[layer].any())
         raise InvalidArgument(f"the heads of layer {layer} have no columns of their own in {mixed[layer].projection}, so none can be zeroed; gate them (mode='gate')")
+    if zero_weights and any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise UnsupportedModel("the weights are sharded over several processes (FSDP2), so no columns of them are zeroed; gate the heads (mode='gate'), or zero them before sharding")
     state = ensure_state(model)
     fresh = mask & ~state.dormant
     state.gates[mask] = 0
@@ -259,6 +282,25 @@ def advance_warmup(model: nn.Module, to_the_end: bool = False) -> None:
         if steps[0] >= steps[1]:
             del state.warmup[head]
     _push_gates(model)
+
+# %% ../nbs/12_gates.ipynb #c99ddfe5
+def bank_on_disk(
+    model: nn.Module,  # with dormant heads
+    folder,  # made if it is not there; the files in it are needed as long as heads of this model are dormant
+) -> None:
+    """Keep the original weights of zeroed and compensated layers in files from now on, not in memory.
+    A copy of the model has its bank in memory. Raises OSError, and keeps what was there, if the files cannot be written."""
+    state = state_of(model)
+    if state is None:
+        raise InvalidArgument("no head of this model is dormant, so there is no bank yet; prune first")
+    before, state.folder = state.folder, Path(folder)
+    try:
+        state.folder.mkdir(parents=True, exist_ok=True)
+        moved = [{layer: _banked(state, layer, kind, values) for layer, values in getattr(state, kind).items()} for kind in ("original", "written")]
+    except OSError:
+        state.folder = before
+        raise
+    state.original, state.written = moved
 
 # %% ../nbs/12_gates.ipynb #790d1130
 def _gate_values(model: nn.Module, gates) -> Tensor:

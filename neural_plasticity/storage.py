@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BANK', 'effective_weights', 'saveable', 'write_model', 'save_pruned', 'load_pruned']
 
-# %% ../nbs/22_storage.ipynb #d3db9ba6
+# %% ../nbs/22_storage.ipynb #ca85dd39
 import json
 from pathlib import Path
 
@@ -20,18 +20,18 @@ from .anatomy import columns_first
 from neural_plasticity.blueprints import (
     blank_model, check_shapes, classes_of, file_shapes, fitting_config, missing_from, model_class, put_in, without_numbers,
 )
-from .compensation import Compensation
 from .data import no_progress_bars
+from .dormancy import pack_state, unpack_state
 from .errors import PlasticityError, StorageError, UnsupportedModel
 from .folders import check_files, read_manifest, replacing, seal
-from .gates import PlasticityState, adopt_state, projection_parts, state_of
+from .gates import state_of
 from .hub import local_folder
 from .operations import from_json, to_json
 from .probing import anatomy_of
 from .running import unwrap
 from .surgery import dense_heads, kept_heads, operations_of, remember_cut
 
-# %% ../nbs/22_storage.ipynb #c58b6473
+# %% ../nbs/22_storage.ipynb #10b3eb05
 def effective_weights(model: nn.Module) -> dict[str, Tensor]:
     "The state dict of a model without gates that says the same: columns of the output projections times their gates."
     weights, state = dict(model.state_dict()), state_of(model)
@@ -46,27 +46,14 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-_STATISTICS, _NUMBERS = ("gram", "cross", "mean_pruned", "mean_dense"), ("energy", "ridge")  # the fields of a Compensation, tensors and floats
-
-
 def _bank(model: nn.Module) -> dict[str, Tensor]:
     "Everything about a model that its weights, as saved, do not say."
-    persistent, state = model.state_dict().keys(), state_of(model)
+    persistent = model.state_dict().keys()
     bank = {f"buffer.{name}": value for name, value in model.named_buffers()  # what the config made; `.to(dtype)` may have rounded it
             if name not in persistent and not name.rpartition(".")[2].startswith("plasticity_")}
-    for site in state.anatomy.sites if state else ():
-        layer = site.index
-        if state.gates[layer, : site.num_heads].ne(1).any() and site.gate == "projection":
-            bank[f"now.{layer}"] = projection_parts(model, site)["weight"]
-        for kind in ("original", "written"):
-            bank |= {f"{kind}.{layer}.{name}": value for name, value in getattr(state, kind).get(layer, {}).items()}
-        if layer in state.asleep:
-            bank[f"asleep.{layer}"] = state.asleep[layer]
-        if layer in state.compensation:
-            bank |= {f"compensation.{layer}.{name}": getattr(state.compensation[layer], name) for name in _STATISTICS}
-    return {name: value.detach().cpu().clone().contiguous() for name, value in bank.items()}
+    return {name: value.detach().cpu().clone().contiguous() for name, value in bank.items()} | pack_state(model)[0]
 
-# %% ../nbs/22_storage.ipynb #bdd8906e
+# %% ../nbs/22_storage.ipynb #bfcfc119
 BANK = "plasticity_bank.safetensors"
 
 
@@ -79,9 +66,7 @@ def _contents(model: PreTrainedModel, config: dict[str, int]) -> dict:
         "dense_heads": dense_heads(model) or [site.num_heads for site in anatomy.sites],
         "kept_heads": kept_heads(model) or [list(range(site.num_heads)) for site in anatomy.sites],
         "operations": to_json(operations_of(model)), "classes": classes_of(model, operations_of(model)), "dense_config": {name: getattr(model.config, name, None) for name in config},
-        "dormant": None if state is None else {
-            "gates": state.gates.tolist(), "zeroed": state.zeroed.nonzero().tolist(), "warmup": [[*head, *steps] for head, steps in state.warmup.items()],
-            "compensation": {str(layer): {name: getattr(solution, name) for name in _NUMBERS} for layer, solution in state.compensation.items()}},
+        "dormant": pack_state(model)[1],
     }
 
 
@@ -170,33 +155,6 @@ def _tensors(folder: Path, names) -> dict[str, Tensor]:
             raise StorageError(f"{folder / name} cannot be read: {error}") from error
     return found
 
-# %% ../nbs/22_storage.ipynb #c2fed340
-def _wake_up_as(model: nn.Module, dormant: dict | None, bank: dict[str, Tensor], example: dict | None) -> None:
-    "Gates and bank as they were when the model was saved."
-    if dormant is None:
-        return
-    anatomy = anatomy_of(model, example)
-    state = PlasticityState(anatomy, torch.tensor(dormant["gates"]), torch.zeros_like(anatomy.exists))
-    if state.gates.shape != anatomy.exists.shape:
-        raise StorageError(f"the manifest has gates of shape {tuple(state.gates.shape)}, the model heads {tuple(anatomy.exists.shape)}")
-    if not ((state.gates >= 0) & (state.gates <= 1)).all():
-        raise StorageError("the manifest has gates outside 0 to 1")
-    for layer, head in dormant["zeroed"]:
-        state.zeroed[layer, head] = True
-    state.warmup = {(layer, head): [done, steps] for layer, head, done, steps in dormant["warmup"]}
-    for name, value in bank.items():
-        kind, layer, *part = name.split(".")
-        if kind == "now":
-            projection_parts(model, anatomy.sites[int(layer)])["weight"].copy_(value)
-        elif kind == "asleep":
-            state.asleep[int(layer)] = value
-        elif kind in ("original", "written"):
-            getattr(state, kind).setdefault(int(layer), {})[part[0]] = value
-    for layer, numbers in dormant["compensation"].items():
-        statistics = {name: bank[f"compensation.{layer}.{name}"] for name in _STATISTICS}
-        state.compensation[int(layer)] = Compensation(anatomy.sites[int(layer)].columns, **statistics, **numbers)
-    adopt_state(model, state)
-
 # %% ../nbs/22_storage.ipynb #d6691d7d
 _KERNELS = ("eager", "sdpa", "flex_attention")
 
@@ -247,7 +205,7 @@ def _filled(folder: Path, manifest: dict) -> tuple[PreTrainedModel, dict[str, Te
         model.set_attn_implementation(wanted)
     return model, {name: value for name, value in bank.items() if not name.startswith(("buffer.", "weight."))}
 
-# %% ../nbs/22_storage.ipynb #633d4a55
+# %% ../nbs/22_storage.ipynb #55619022
 def _put_buffers(model: nn.Module, bank: dict[str, Tensor]) -> None:
     for name in [name for name in bank if name.startswith("buffer.")]:
         path, _, leaf = name.removeprefix("buffer.").rpartition(".")
@@ -270,7 +228,8 @@ def load_pruned(
     check_files(folder, manifest)
     try:
         model, bank = _filled(folder, manifest)
-        _wake_up_as(model, manifest["dormant"], bank, example)
+        if manifest["dormant"] is not None:
+            unpack_state(model, bank, manifest["dormant"], anatomy_of(model, example))
         if manifest["operations"]:
             remember_cut(model, manifest["dense_heads"], manifest["kept_heads"], from_json(manifest["operations"]))
     except StorageError:
