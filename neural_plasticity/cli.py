@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED_FILES', 'CHECKS', 'EXAMPLES', 'Check', 'check_packages', 'check_datasets', 'check_imports', 'check_machine',
            'check_kernel', 'check_embedded', 'diagnose', 'main']
 
-# %% ../nbs/52_cli.ipynb #865817df
+# %% ../nbs/52_cli.ipynb #af4853e8
 import argparse
 import gzip
 import hashlib
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import neural_plasticity
 from .environment import current_policy, datasets_conflict, get_environment_info, setup
-from .errors import PlasticityError
+from .errors import InvalidArgument, PlasticityError
 
 # %% ../nbs/52_cli.ipynb #d99bcf8b
 @dataclass(frozen=True)
@@ -230,13 +230,70 @@ def _zoo(arguments):
         write_rows(rows, arguments.out, f"neural-plasticity zoo {' '.join(words)}")
     return int(any(row.failures for row in rows))
 
-# %% ../nbs/52_cli.ipynb #c503156e
+# %% ../nbs/52_cli.ipynb #934c2e1e
+def _config(arguments):
+    "The configuration that a file (if there is one) and words such as prune_level=0.4 give."
+    from neural_plasticity.config import ExperimentConfig  # the doctor works without
+
+    is_file = arguments.settings and "=" not in arguments.settings[0]
+    file, words = (arguments.settings[0], arguments.settings[1:]) if is_file else (None, arguments.settings)
+    return ExperimentConfig.from_words(words, ExperimentConfig.from_file(file) if file else None)
+
+
+def _run(arguments):
+    from neural_plasticity.experiment import comparison_table, resume_experiment, run_experiment
+
+    if arguments.resume and arguments.settings:
+        result = run_experiment(_config(arguments), resume=arguments.resume)  # refused if it is not what was begun there
+    elif arguments.resume:
+        result = resume_experiment(arguments.resume)
+    else:
+        result = run_experiment(_config(arguments))
+    print(comparison_table(result), f"\n{result.removal}\nrecorded in {result.folder}", sep="\n")
+    return 0
+
+
+def _sweep(arguments):
+    from neural_plasticity.sweep import run_sweep
+
+    words = lambda text: [word.strip() for word in text.split(",") if word.strip()]  # noqa: E731
+    try:
+        levels, seeds = [float(word) for word in words(arguments.levels)], [int(word) for word in words(arguments.seeds)]
+    except ValueError as error:
+        raise InvalidArgument(f"--levels are numbers such as 0.2,0.4 and --seeds whole numbers such as 0,1,2; {error}") from error
+    devices = words(arguments.devices) if arguments.devices else None
+    result = run_sweep(_config(arguments), words(arguments.strategies), levels, seeds, arguments.folder, arguments.workers, devices)
+    print(result.table, f"\nrecorded in {result.folder}", sep="\n")
+    return 0
+
+# %% ../nbs/52_cli.ipynb #6c79f71d
 EXAMPLES = """examples:
   neural-plasticity doctor                        what is wrong with this installation, and what to do
   neural-plasticity demo                          prune a fifth of the heads of the embedded GPT-2 and recover
   neural-plasticity demo --prune-level 0.4 --strategy random --steps 200
+  neural-plasticity run prune_level=0.5 strategy=taylor      a whole experiment, with control and random choice
+  neural-plasticity run config.yaml seed=1        from a file, with a change
+  neural-plasticity run --resume neural-plasticity-runs/001  go on with a run that was killed
+  neural-plasticity sweep sweeps/first --strategies taylor,iterative --levels 0.2,0.4 --seeds 0,1,2 --workers 2
   neural-plasticity zoo --types llama,bert,t5     what works for these architectures; without --types, for all
 """
+
+
+def _add_experiments(commands):
+    settings = "a .yaml or .json file, and settings such as prune_level=0.4; every field of ExperimentConfig"
+    run = commands.add_parser("run", help="one experiment: cycles, control and random choice, recorded in a folder")
+    run.add_argument("settings", nargs="*", help=settings)
+    run.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    run.set_defaults(run=_run)
+    sweep = commands.add_parser("sweep", help="strategies x levels x seeds, and one table; the same command goes on")
+    sweep.add_argument("folder", help="where it is recorded")
+    sweep.add_argument("settings", nargs="*", help=settings)
+    sweep.add_argument("--strategies", default="iterative,taylor", help="with commas between them (default: %(default)s); random and the control come by themselves")
+    sweep.add_argument("--levels", default="0.2,0.4,0.6", help="shares of the heads (default: %(default)s)")
+    sweep.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
+    sweep.add_argument("--workers", type=int, default=1, help="processes (default: 1), each with one thread")
+    sweep.add_argument("--devices", help="handed out to the workers in turn, cuda:0,cuda:1 for example")
+    sweep.set_defaults(run=_sweep)
 
 
 def _parser():
@@ -256,6 +313,7 @@ def _parser():
     demo.add_argument("--device", help="cpu, cuda, cuda:1 or mps; chosen by the platform if left out")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+    _add_experiments(commands)
     zoo = commands.add_parser("zoo", help="try every architecture that transformers lists; exit code 1 if anything failed")
     zoo.add_argument("--task", action="append", help="causal-lm, masked-lm, seq2seq, image-classification or speech; may be given again; all if left out")
     zoo.add_argument("--types", help="model types, with commas between them; all that the tables list if left out")

@@ -94,11 +94,28 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #641af308
+# %% ../nbs/12_gate_hooks.ipynb #c1c4505f
+def _climb(projection: nn.Module) -> None:
+    "An adapter (LoRA) has been put around a gated projection: the gate moves outwards, so that it acts on the adapter, too."
+    inner = projection._modules.get("base_layer")
+    if inner is None or "plasticity_gate" not in inner._buffers:
+        return
+    for name in ("plasticity_gate", "plasticity_head"):
+        projection.register_buffer(name, inner._buffers.pop(name), persistent=False)
+        inner._non_persistent_buffers_set.discard(name)
+    for name in ("plasticity_padded", "plasticity_folded", "plasticity_override"):
+        if name in inner.__dict__:
+            projection.__dict__[name] = inner.__dict__.pop(name)
+    _drop_hooks(inner)
+    projection.register_forward_pre_hook(_gate_columns)
+
+
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     "The module that holds a site's gate, and the name of its buffer."
     if site.gate == "projection":
-        return model.get_submodule(site.projection), "plasticity_gate"
+        projection = model.get_submodule(site.projection)
+        _climb(projection)
+        return projection, "plasticity_gate"
     return model.get_submodule(site.name), f"plasticity_gate_{site.call}"
 
 

@@ -122,10 +122,11 @@ def gates_lifted(model: nn.Module):
     del model.plasticity_state
     _forget_compiled()
 
-# %% ../nbs/12_gates.ipynb #dc9cadba
+# %% ../nbs/12_gates.ipynb #858c80d2
 def projection_parts(model: nn.Module, site: Site) -> dict[str, Tensor]:
     "The output projection as `weight` [C, out] (a view) and, where there is one, `bias` [out]."
     linear = unwrap(model).get_submodule(site.projection)
+    linear = getattr(linear, "base_layer", linear)  # below an adapter
     parts = {"weight": columns_first(linear, linear.weight.data)}
     if getattr(linear, "bias", None) is not None:
         parts["bias"] = linear.bias.data

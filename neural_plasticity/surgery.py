@@ -148,7 +148,7 @@ def _anatomy_after(model: nn.Module, anatomy: Anatomy, mask: Tensor, example: di
                            "the model is as it was. Leave each layer a head, or gate these heads instead (mode='gate')")
     return found
 
-# %% ../nbs/21_surgery.ipynb #e1bcf8f7
+# %% ../nbs/21_surgery.ipynb #96e5f1fb
 def _refuse_what_cannot_be(whole: nn.Module, model: nn.Module, anatomy: Anatomy, mask: Tensor) -> None:
     "Complain before anything is touched."
     if isinstance(whole, nn.parallel.DistributedDataParallel):
@@ -175,6 +175,8 @@ def _odd_layer(model: nn.Module, site: Site) -> str | None:
         if hasattr(layer, "base_layer"):
             return f"{name.removesuffix('.base_layer')} carries an adapter; merge it first (merge_and_unload), or remove heads before adding it"
         weight = getattr(layer, "weight", None)
+        if hasattr(weight, "placements"):
+            return f"{name} is sharded over several processes (FSDP2); remove heads before sharding"
         if isinstance(weight, Tensor) and (not weight.is_floating_point() or type(weight) is not nn.Parameter):
             return f"{name} is quantised ({type(layer).__name__}); remove heads first, then quantise"
     return None

@@ -1,13 +1,22 @@
 """What is left makes up for what is gone, as far as least squares can."""
+import gc
+import weakref
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from models import RANDOM, TRAINED, batches, build, cuttable, fingerprint, logits, padded, same_weights, weights
 
-from neural_plasticity.compensation import compensate_heads
-from neural_plasticity.errors import InvalidArgument
+from neural_plasticity.compensation import DenseInputs, compensate_heads
+from neural_plasticity.errors import InvalidArgument, UnsupportedModel
+from neural_plasticity.examples import example_inputs
 from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads, revive_heads, state_of
+from neural_plasticity.least_squares import InputSums
 from neural_plasticity.probing import anatomy_of
+from neural_plasticity.pruning import choose_heads
 from neural_plasticity.surgery import remove_heads
+from neural_plasticity.zoo_models import small_model
 
 HEADS = [(1, 0), (1, 2)]
 
@@ -129,3 +138,138 @@ def test_what_cannot_be_made_up_for():
         compensate_heads(broken, [{"input_ids": torch.tensor([[3, 4, 5]])}], HEADS)
     put_to_sleep(model, HEADS)
     assert compensate_heads(model, batches(model)).tokens == 36  # two batches of 2 × 9 tokens
+
+
+def ridge_solution(x_pruned, x_dense, dense, bias, ridge=1e-3):
+    "The same by an augmented least-squares problem on the tokens themselves, all columns taking part."
+    target, seen = x_dense @ dense, x_pruned
+    if bias:
+        target, seen = target - target.mean(0), seen - seen.mean(0)
+    weight = (ridge * seen.pow(2).mean() * len(seen)).sqrt() * torch.eye(seen.shape[1], dtype=torch.float64)
+    return torch.linalg.lstsq(torch.cat([seen, weight]), torch.cat([target, weight @ dense])).solution
+
+
+def test_where_heads_are_mixed_all_columns_take_part():
+    model = small_model("causal-lm", "bitnet")
+    site, batch = anatomy_of(model).sites[1], {"input_ids": torch.randint(1, 40, (8, 16), generator=torch.Generator().manual_seed(0))}
+    assert site.gate == "attention"
+    linear = model.get_submodule(site.projection)
+    dense, x_dense = linear.weight.detach().T.double().clone(), inputs_of(model, 1, batch)
+    with gate_heads(model, [(1, 0)]):
+        x_pruned = inputs_of(model, 1, batch)
+    values = weights(model)
+    compensate_heads(model, [batch], [(1, 0)])
+    torch.testing.assert_close(linear.weight.detach().T.double(), ridge_solution(x_pruned, x_dense, dense, linear.bias is not None), atol=1e-5, rtol=1e-4)
+    put_to_sleep(model, [(1, 1)])  # its inputs are others now: what was solved for (1, 0) alone holds no more
+    assert linear.weight.detach().T.double().equal(dense)
+    restore_heads(model)
+    assert same_weights(model, values)
+
+
+def test_a_decoder_goes_by_its_own_padding():
+    model = small_model("seq2seq", "bart")
+    batch = {key: value for key, value in example_inputs(model, batch_size=4, length=9).items() if key != "labels"}
+    batch["decoder_input_ids"] = batch.get("decoder_input_ids", batch["input_ids"])
+    shape = batch["decoder_input_ids"].shape
+    batch["attention_mask"] = torch.ones(batch["input_ids"].shape, dtype=torch.long)
+    batch["decoder_attention_mask"] = (torch.arange(shape[1])[None] < torch.tensor([9, 5, 4, 7])[:, None]).long().expand(shape)
+    sites = anatomy_of(model).sites
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    inside = [site.index for site in sites if id(model.get_submodule(site.projection)) in decoder]
+    assert compensate_heads(model, [batch], [(inside[0], 0)]).tokens == 9 + 5 + 4 + 7
+    restore_heads(model)
+    assert compensate_heads(model, [batch], [(0, 0)]).tokens == 4 * 9
+
+
+@pytest.mark.parametrize("task, kind", [("causal-lm", "diffllama"), ("masked-lm", "albert"), ("seq2seq", "t5"), ("seq2seq", "fsmt"), ("image-classification", "swin"), ("speech", "wavlm"), ("speech", "whisper")])
+def test_all_kinds_of_sites(task, kind):
+    "Pairs of heads, a layer that runs several times, relative positions, sequence first, windows in the batch, sound, encoder and decoder."
+    model = small_model(task, kind)
+    values, example = weights(model), example_inputs(model, batch_size=4)
+    sites = [site for site in anatomy_of(model).sites if site.num_heads > 1]
+    heads = [(site.index, head) for site in sites[::max(1, len(sites) // 3)] for head in (site.units[0] if len(site.units) > 1 else (0,))]
+    report = compensate_heads(model, [example], heads)
+    assert all(0 < share <= 1 + 1e-9 for share in report.undone.values()) and all(1 <= number < 1e12 for number in report.condition.values())
+    restore_heads(model)
+    assert same_weights(model, values)
+
+
+def test_only_one_batch_of_inputs_is_held(monkeypatch):
+    model, alive, held = build("gpt2"), [], []
+    real = InputSums.add
+
+    def add(self, pruned, dense):
+        gc.collect()
+        held.append(sum(one() is not None for one in alive))
+        alive.extend([weakref.ref(pruned), weakref.ref(dense)])
+        real(self, pruned, dense)
+
+    monkeypatch.setattr(InputSums, "add", add)
+    compensate_heads(model, batches(model, 6), HEADS, max_bytes=0)
+    assert len(held) == 6 and max(held) <= 2  # the last batch's, of which the frames that ran it may still hold a name
+
+
+def test_dense_inputs_are_kept_within_their_limit_and_change_nothing():
+    reference, data = build("gpt2"), batches(build("gpt2"), 3)
+    compensate_heads(reference, data, HEADS)
+    for limit, bytes_ in ((0, 0), (18 * 32 * 4 * 4, 18 * 32 * 4 * 4), (10**9, 3 * 3 * 18 * 32 * 4)):  # 18 tokens × 32 columns × 4 bytes, layer by layer and batch by batch
+        model = build("gpt2")
+        inputs = DenseInputs(model, data, max_bytes=limit)
+        for head in HEADS:
+            compensate_heads(model, inputs, [head])
+        assert inputs.bytes == bytes_
+        torch.testing.assert_close(logits(model), logits(reference), atol=1e-5, rtol=1e-5)
+    with pytest.raises(InvalidArgument, match="another model"):
+        compensate_heads(reference, inputs)
+    with pytest.raises(InvalidArgument, match="max_bytes"):
+        DenseInputs(model, data, max_bytes=-1)
+
+
+def test_a_system_without_a_solution_to_rely_on_changes_nothing():
+    model = build("gpt2")
+    put_to_sleep(model, [(0, 1)])
+    compensate_heads(model, batches(model))
+    before, values = logits(model), weights(model)
+    with pytest.raises(InvalidArgument, match="larger ridge"):
+        compensate_heads(model, batches(model, 1, 1, 4), [(1, 0)], ridge=1e-18)  # 4 tokens, 24 columns
+    assert dormant_heads(model) == [(0, 1)] and same_weights(model, values) and logits(model).equal(before)
+
+
+def test_projections_that_others_use_are_refused_before_anything_changes():
+    for name, words in (("squeezebert", "also serves layers"), ("zamba", "shares its weight")):
+        model = small_model("masked-lm" if name == "squeezebert" else "causal-lm", name)
+        anatomy_of(model)
+        before = fingerprint(model)
+        with pytest.raises(UnsupportedModel, match=words):
+            compensate_heads(model, [example_inputs(model)], [(0, 0)])
+        assert fingerprint(model) == before
+
+
+def _one_of_two(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = build("gpt2")
+    data = batches(model, 5)  # an odd number: one process has a batch that does not count
+    mask = choose_heads(model, data, 0.4, rounds=3)
+    report = compensate_heads(model, data, mask)
+    torch.save((mask, report, model.state_dict()), f"{folder}/{rank}.pt")
+    other = build("gpt2")
+    name = anatomy_of(other).sites[1].projection
+    mesh = dist.init_device_mesh("cpu", (2,))
+    other.get_submodule(name).weight = torch.nn.Parameter(dist.tensor.distribute_tensor(other.get_submodule(name).weight.data, mesh))
+    with pytest.raises(UnsupportedModel, match="before sharding"):
+        compensate_heads(other, data, [(1, 0)])
+    dist.destroy_process_group()
+
+
+def test_two_processes_solve_what_one_does(tmp_path):
+    mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    model = build("gpt2")
+    data = batches(model, 5)
+    mask = choose_heads(model, data, 0.4, rounds=3)
+    report = compensate_heads(model, data, mask)
+    for their_mask, their_report, their_weights in found:
+        assert their_mask.equal(mask) and their_report.tokens == report.tokens
+        assert all(torch.allclose(their_weights[name], value, atol=1e-6) for name, value in model.state_dict().items())
+    assert all(found[0][2][name].equal(value) for name, value in found[1][2].items())  # each other's to the last bit

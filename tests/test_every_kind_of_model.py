@@ -365,8 +365,7 @@ def test_gates_of_heads_that_are_mixed_act_in_the_attention():
     assert logits(again, example).equal(gated)
     with pytest.raises(InvalidArgument, match="no columns of their own"):
         put_to_sleep(model, [(0, 2)], zero_weights=True)
-    with pytest.raises(UnsupportedModel, match="mixes its heads"):
-        compensate_heads(model, [example])
+    assert compensate_heads(model, [example]).undone[0] > 0.5  # all columns take part
     with pytest.raises(UnsupportedModel, match="use a criterion on gates"):
         measure_heads(model, [{**example, "labels": example["input_ids"]}], ("magnitude",))
     restore_heads(model)

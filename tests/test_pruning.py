@@ -7,10 +7,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import RANDOM, batches, build, fingerprint, logits, same_weights, weights
 
+from neural_plasticity.anatomy import exclusive_slices
+from neural_plasticity.budgets import HeadCosts, Rules, head_pieces, one_each, pick_heads
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import InvalidArgument
-from neural_plasticity.gates import dormant_heads, put_to_sleep
+from neural_plasticity.evaluation import model_cost
+from neural_plasticity.gates import dormant_heads, put_to_sleep, revive_heads
 from neural_plasticity.importance import CRITERIA, measure_heads
+from neural_plasticity.probing import anatomy_of
 from neural_plasticity.pruning import PruningMode, PruningStrategy, apply_pruning_mask, choose_heads, generate_pruning_mask
 
 
@@ -98,15 +102,25 @@ def test_choosing_leaves_the_model_and_repeats_itself(name, strategy):
 def test_choosing_goes_on_from_what_sleeps():
     model = build("gpt2")
     put_to_sleep(model, [(0, 0), (1, 2)])
-    for strategy in ("taylor", "gradient", "random", "magnitude"):
+    for strategy in ("taylor", "gradient", "random", "magnitude", "iterative"):
         mask = choose_heads(model, batches(model), 0.4, strategy, min_heads_per_layer=2)
         assert int(mask.sum()) == 4 and not mask[0, 0] and not mask[1, 2] and dormant_heads(model) == [(0, 0), (1, 2)]
-    with pytest.raises(InvalidArgument, match="restore_heads"):
-        choose_heads(model, batches(model), 0.4, "iterative")
+
+
+def test_rounds_leave_compensated_sleepers_as_they_were():
+    model, twin = build("gpt2"), build("gpt2")
+    for one in (model, twin):
+        compensate_heads(one, batches(one), [(0, 0), (0, 3)])
+        put_to_sleep(one, [(1, 2)], zero_weights=True)
+    choose_heads(model, batches(model), 0.4)
+    assert same_weights(model, weights(twin)) and fingerprint(model) == fingerprint(twin)
+    for one in (model, twin):
+        revive_heads(one, [(0, 3)])
+    assert same_weights(model, weights(twin)) and dormant_heads(model) == [(0, 0), (1, 2)]  # solved anew from the old statistics
 
 
 def test_an_interrupted_choice_leaves_the_model_as_it_was(monkeypatch):
-    import neural_plasticity.pruning as pruning
+    import neural_plasticity.choosing as choosing
 
     model = build("gpt2")
     values, calls = weights(model), []
@@ -117,7 +131,7 @@ def test_an_interrupted_choice_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return measure_heads(*arguments)
 
-    monkeypatch.setattr(pruning, "measure_heads", struck)
+    monkeypatch.setattr(choosing, "measure_heads", struck)
     with pytest.raises(KeyboardInterrupt):
         choose_heads(model, batches(model), 0.5, "iterative")
     assert len(calls) == 3 and same_weights(model, values) and dormant_heads(model) == []
@@ -142,3 +156,130 @@ def test_a_whole_layer_can_sleep(name, mode):
     report = compensate_heads(model, batches(model))  # only a bias can make up for it
     assert logits(model).isfinite().all() and 0 <= report.undone[1] <= 1 + 1e-9
     assert logits(model).equal(expected) == (name in ("llama", "llama-grouped"))
+
+
+@st.composite
+def pick_problems(draw):
+    "Scores, rules and a budget: pieces of several heads, unequal costs with shared parts, sleepers, protected heads, floors."
+    scores, exists, gone = draw(score_maps())
+    widths, pieces, each, shared = exists.sum(1).tolist(), [], torch.zeros(exists.shape, dtype=torch.float64), []
+    for layer, width in enumerate(widths):
+        size = draw(st.integers(1, 3))
+        pieces += [tuple((layer, head) for head in range(first, min(first + size, width))) for first in range(0, width, size)]
+        each[layer, :width] = torch.tensor(draw(st.lists(st.integers(1, 4), min_size=width, max_size=width))).double()
+        shared.append(((torch.arange(width)[:, None] // 2 == torch.arange(3)[None], draw(st.integers(0, 3)) / 2),))
+    protect = (scores == 1.5) & ~gone
+    costs = draw(st.sampled_from((one_each(exists), HeadCosts("parameters", each, tuple(shared)))))
+    rules = Rules(exists, gone, protect, pieces, costs, draw(st.sampled_from(("global", "layer"))), draw(st.integers(0, 2)))
+    return scores.double(), draw(st.floats(0, 1)), rules
+
+
+@settings(deadline=None)
+@given(pick_problems())
+def test_budgets_are_kept_and_spent(problem):
+    scores, share, rules = problem
+    budget = rules.budget(share)
+    try:
+        mask = pick_heads(scores, budget, rules)
+    except InvalidArgument:
+        return
+    spent = rules.costs.of(mask | rules.gone) - rules.costs.of(rules.gone)
+    active = rules.exists & ~rules.gone
+    assert spent <= budget + 1e-6 and not (mask & (rules.gone | rules.protect | ~rules.exists)).any()
+    assert ((active & ~mask).sum(1) >= torch.minimum(active.sum(1), torch.tensor(rules.min_heads_per_layer))).all()
+    for piece in rules.pieces:
+        left = [head for head in piece if not rules.gone[head]]
+        taken = {bool(mask[head]) for head in left}
+        assert len(taken) < 2  # a whole piece or nothing
+        if rules.scope == "global" and taken == {False}:  # nothing is left that would have fitted
+            more = mask.clone()
+            for head in left:
+                more[head] = True
+            assert rules.costs.of(more | rules.gone) - rules.costs.of(rules.gone) > budget - 1e-6
+
+
+def test_the_same_share_of_every_layer():
+    generator = torch.Generator().manual_seed(0)
+    scores, exists = torch.rand(5, 8, generator=generator).double(), torch.ones(5, 8, dtype=torch.bool)
+    none, singles = torch.zeros_like(exists), [((layer, head),) for layer in range(5) for head in range(8)]
+    for share in (0.1, 0.25, 0.4, 0.5, 0.7):
+        rules = Rules(exists, none, none, singles, one_each(exists), "layer")
+        mask = pick_heads(scores, rules.budget(share), rules)
+        assert int(mask.sum()) == math.floor(40 * share + 1e-9) and mask.sum(1).max() - mask.sum(1).min() <= 1
+        assert all(mask[layer].equal(generate_pruning_mask(None, int(mask[layer].sum()) / 8, scores=scores[layer][None])[0]) for layer in range(5))
+
+
+@pytest.mark.parametrize("strategy", ("iterative", "taylor", "random"))
+@pytest.mark.parametrize("target", ("parameters", "flops"))
+def test_what_a_mask_claims_to_save_is_saved(strategy, target):
+    "A fifth of what the heads hold: no more, and no less than that by a piece. What is counted here is what the cut model lacks."
+    model = build("llama-grouped")
+    anatomy, example = anatomy_of(model), {"input_ids": torch.arange(20).view(2, 10)}
+    mask = choose_heads(model, batches(model), 0.4, strategy, target=target, example=example, by="group")
+    dense = model_cost(model, batch=example)[target]
+    apply_pruning_mask(model, mask, "remove")
+    saved = dense - model_cost(model, batch=example)[target]
+    parameters = dict(build("llama-grouped").named_parameters())
+    held = sum(len(index) * parameters[name].numel() / parameters[name].shape[dim] for name, dim, index in exclusive_slices(anatomy, anatomy.exists))
+    attention = 4 * 10 * 10 * 2 * 8 * 4 * 3  # products for 10 × 10 pairs in 2 samples, 8 numbers a head, 4 heads, 3 layers
+    total = held if target == "parameters" else 2 * 20 * held + attention
+    assert 0.4 * total - total / 6 < saved <= 0.4 * total  # six groups in all
+
+
+def test_whole_groups_protected_and_excluded_heads():
+    model = build("llama-grouped")
+    anatomy = anatomy_of(model)
+    mask = choose_heads(model, batches(model), 0.5, "taylor", by="group")
+    assert int(mask.sum()) == 6 and all(len({bool(mask[head]) for head in piece}) == 1 for piece in head_pieces(anatomy, "group"))
+    scores = measure_heads(model, batches(model))["taylor"]
+    worth = torch.stack([scores[:, :2].sum(1), scores[:, 2:].sum(1)], dim=1)  # two groups of two heads a layer, of which the floor keeps one
+    assert mask[:, ::2].equal(worth == worth.min(1, keepdim=True).values)
+    first = choose_heads(model, batches(model), 0.5, "taylor")
+    kept, gone = [tuple(pair) for pair in first.nonzero().tolist()][:2], [tuple(pair) for pair in first.nonzero().tolist()][2:4]
+    other = choose_heads(model, batches(model), 0.3, protect=kept, exclude=gone)
+    assert int(other.sum()) == 3 and not any(other[head] for head in kept + gone)
+    with pytest.raises(InvalidArgument, match="protected heads"):
+        choose_heads(model, batches(model), 0.5, "taylor", protect=anatomy.heads[2:])
+
+
+def test_latency_asks_for_as_few_heads_as_it_takes(monkeypatch):
+    import neural_plasticity.choosing as choosing
+
+    model = build("gpt2")
+    monkeypatch.setattr(choosing, "_seconds", lambda model, mask, example, repeats: 0.010 - 0.0005 * int(mask.sum()))  # 12 heads; half a millisecond each
+    for share, count in ((0, 0), (0.05, 1), (0.14, 3), (0.4, 8)):
+        for strategy in ("taylor", "iterative"):
+            assert int(choose_heads(model, batches(model), share, strategy, target="latency").sum()) == count
+    with pytest.raises(InvalidArgument, match="without 9 heads, all that can go"):
+        choose_heads(model, batches(model), 0.5, target="latency")
+
+
+def test_latency_is_that_of_a_model_without_the_heads(monkeypatch):
+    import neural_plasticity.choosing as choosing
+
+    model, timed = build("gpt2"), []
+    put_to_sleep(model, [(0, 0)])
+    before, mask = fingerprint(model), torch.zeros(3, 4, dtype=torch.bool)
+    mask[1, 2] = True
+    monkeypatch.setattr(choosing, "measure_latency", lambda twin, example, repeats: timed.append(twin) or {"seconds": 1.0})
+    assert choosing._seconds(model, mask, {"input_ids": torch.arange(8)[None]}, 2) == 1.0
+    assert [site.num_heads for site in anatomy_of(timed[0]).sites] == [3, 3, 4] and fingerprint(model) == before
+
+
+@pytest.mark.parametrize("options, words", [(dict(target="speed"), "target is 'speed'"), (dict(by="layer"), "by is 'layer'"), (dict(scope="model"), "scope is 'model'"),
+                                            (dict(rounds=0), "rounds is 0"), (dict(criterion="iterative"), "criterion is what"), (dict(protect=[(9, 9)]), "protect: there is no head"),
+                                            (dict(exclude=[(9, 9)]), "exclude: there is no head"), (dict(max_bytes=-1), "max_bytes")])
+def test_options_that_cannot_be(options, words):
+    model = build("gpt2")
+    anatomy_of(model)
+    before = fingerprint(model)
+    with pytest.raises(InvalidArgument, match=words):
+        choose_heads(model, batches(model), 0.4, **options)
+    assert fingerprint(model) == before
+
+
+def test_scores_that_are_no_numbers_choose_nothing():
+    exists = torch.ones(1, 3, dtype=torch.bool)
+    rules = Rules(exists, exists & False, exists & False, [((0, head),) for head in range(3)], one_each(exists))
+    with pytest.raises(InvalidArgument, match=r"NaN or infinite, \(0, 1\) the first"):
+        pick_heads(torch.tensor([[0.1, float("nan"), 0.3]]), 1, rules)
