@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arm', 'run_arm', 'cut_dormant']
 
-# %% ../nbs/50_arms.ipynb #dfc7b250
+# %% ../nbs/50_arms.ipynb #3be2543b
 import copy
 import math
 import shutil
@@ -26,7 +26,7 @@ from .importance import measure_heads
 from .prepared import Prepared
 from .probing import anatomy_of
 from .pruning import apply_pruning_mask, choose_heads
-from .run_folder import RunFolder
+from .run_folder import RunFolder, take_back
 from .schedule import PlasticitySchedule
 from .storage import load_pruned, save_pruned
 from .surgery import remove_heads
@@ -125,7 +125,7 @@ def _prune(arm: Arm, heads: list) -> dict:
         apply_pruning_mask(model, heads, "remove")
     return {"pruned_heads": pruned_heads, "pruned": pruned, "compensated": compensated}
 
-# %% ../nbs/50_arms.ipynb #c466e056
+# %% ../nbs/50_arms.ipynb #be54d09d
 class _Notes:
     "The lines of a training, also of one that goes on from a checkpoint: no line is missing, none is there twice."
 
@@ -138,7 +138,7 @@ class _Notes:
     def __call__(self, step: float, metrics: dict) -> None:
         step, folder = step + self.before, self.arm.folder
         if self.last is None:
-            self.last = folder.take_back(before=step)
+            self.last = take_back(folder, before=step)
         for event in self.all_events():
             if self.last < event["step"] <= step:
                 folder.record("regrow", **self.names, **{name: value for name, value in event.items() if name != "phase"})
@@ -147,7 +147,7 @@ class _Notes:
 
     def end(self) -> None:
         if self.last is None:  # the training was over; only its end had not been recorded
-            self.arm.folder.take_back(before=math.inf)
+            take_back(self.arm.folder, before=math.inf)
 
     def all_events(self) -> list[dict]:
         return [{**event, "step": event["step"] + self.before} for event in self.events]

@@ -266,7 +266,7 @@ def _sweep(arguments):
     print(result.table, f"\nrecorded in {result.folder}", sep="\n")
     return 0
 
-# %% ../nbs/52_cli.ipynb #6c79f71d
+# %% ../nbs/52_cli.ipynb #811204c0
 EXAMPLES = """examples:
   neural-plasticity doctor                        what is wrong with this installation, and what to do
   neural-plasticity demo                          prune a fifth of the heads of the embedded GPT-2 and recover
@@ -278,7 +278,7 @@ EXAMPLES = """examples:
   neural-plasticity zoo --types llama,bert,t5     what works for these architectures; without --types, for all
 """
 
-
+# %% ../nbs/52_cli.ipynb #0e52ef62
 def _add_experiments(commands):
     settings = "a .yaml or .json file, and settings such as prune_level=0.4; every field of ExperimentConfig"
     run = commands.add_parser("run", help="one experiment: cycles, control and random choice, recorded in a folder")
@@ -295,7 +295,7 @@ def _add_experiments(commands):
     sweep.add_argument("--devices", help="handed out to the workers in turn, cuda:0,cuda:1 for example")
     sweep.set_defaults(run=_sweep)
 
-
+# %% ../nbs/52_cli.ipynb #82aa0b0e
 def _parser():
     "The command's arguments; `run` holds the function that does the work."
     about = "Measure, prune, remove and regrow attention heads of transformers."

@@ -110,7 +110,7 @@ def tabulate(rows: list[dict]) -> SweepTable:
     return SweepTable({"strategy": strategy, "level": level, "seeds": len(group), **{name: mean_and_error(row[name] for row in group) for name in SweepTable.columns}}
                       for (level, strategy), group in groups.items())
 
-# %% ../nbs/50_sweep.ipynb #3f050f5b
+# %% ../nbs/50_sweep.ipynb #59384966
 @dataclass
 class SweepResult:
     "What a sweep gave."
@@ -137,7 +137,7 @@ def _begun(folder: Path, common: ExperimentConfig) -> dict:
         write_json(folder / "config.json", asdict(common))
     return asdict(common)
 
-
+# %% ../nbs/50_sweep.ipynb #42026238
 def run_sweep(
     config: ExperimentConfig,  # everything that the runs have in common; its strategy, level and seed are replaced
     strategies,  # names; the random choice and the control come by themselves if config.control is set

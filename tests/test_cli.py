@@ -69,6 +69,39 @@ def test_demo_prunes_and_recovers():
     assert 1 < before < pruned
 
 
+# experiments
+
+
+@pytest.mark.parametrize("words, message", [
+    (["run", "prune_levle=0.4"], "'prune_levle' is no field of an experiment; do you mean 'prune_level'?"),
+    (["run", "missing.yaml"], "'missing.yaml' cannot be read: No such file or directory"),
+    (["run", "--resume", "nowhere"], "'nowhere' has no config.json, so no run was begun there"),
+    (["run", "prune_level=40"], "40 % is prune_level=0.4"),
+    (["sweep", "out", "--seeds", "1.5"], "--seeds whole numbers such as 0,1,2"),
+    (["sweep", "out", "--strategies", "best"], "unknown strategy 'best'"),
+])
+def test_mistakes_in_experiments_are_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not [*tmp_path.iterdir()]
+
+
+def test_a_run_from_a_file_and_resumed(tmp_path):
+    (tmp_path / "small.yaml").write_text("minimal: true\nstrategy: taylor\ntraining_steps: 1\ncontrol: false\ndevice: cpu\noutput_dir: runs\n")
+    first = command("run", "small.yaml", "prune_level=0.5", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "runs" / "001"
+    assert json.loads((run / "config.json").read_text())["prune_level"] == 0.5 and "chosen     24" in first.stdout
+    record = (run / "record.jsonl").read_text().splitlines(keepends=True)
+    (run / "record.jsonl").write_text("".join(record[:-1]) + record[-1][:20])  # killed in its last line
+    again = command("run", "--resume", "runs/001", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout and (run / "record.jsonl").read_text().splitlines(keepends=True)[:-1] == record[:-1]
+    other = command("run", "small.yaml", "prune_level=0.25", "--resume", "runs/001", folder=tmp_path)
+    assert other.returncode == 1 and "prune_level (0.5 there, 0.25 now)" in other.stderr
+
+
 # the zoo
 
 
