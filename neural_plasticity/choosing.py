@@ -187,7 +187,7 @@ def _held(dataloader, model: nn.Module, num_batches):
     with own_randomness():  # starting a DataLoader draws a random number
         yield from some_batches(dataloader, model, num_batches)
 
-# %% ../nbs/23_choosing.ipynb #38e22d80
+# %% ../nbs/23_choosing.ipynb #b5e56483
 def choose_heads(
     model: nn.Module,
     dataloader,  # batches with labels to measure on: selection data, not validation data; the same in every process
@@ -203,7 +203,7 @@ def choose_heads(
     by: str = "head",  # or "group": whole key/value groups, by the sum of their heads' scores
     exclude=None,  # heads (pairs or bool [L,H]) that are as good as gone: never chosen, not counted as active; dormant ones always are
     protect=None,  # heads that are never chosen, but active
-    criterion: str = "taylor",  # what iterative measures in each round
+    criterion: str = "fisher",  # what iterative measures in each round
     example: Mapping | None = None,  # inputs for flops and latency; None: made up from the model's config
     max_bytes: int = 2**30,  # for iterative: how much of the dense model's inputs may be kept
 ) -> Tensor:  # bool [L,H]: heads to prune on top of what is dormant

@@ -113,7 +113,7 @@ def recovery_cell(
     train_with_plasticity(model, data["train"], data["judge"], (), learning_rate, training_steps, eval_interval=training_steps, max_eval_steps=1, progress=False)
     return {"dense": dense, "pruned": pruned, "recovered": ask("validation"), "judge": ask("judge")}
 
-# %% ../nbs/55_criteria_study.ipynb #19b3c740
+# %% ../nbs/55_criteria_study.ipynb #4c5c1d0c
 LEVELS = [0.1, 0.2, 0.4, 0.6, 0.8]
 CHOOSERS = ["iterative:taylor", "iterative:fisher"]
 
@@ -136,8 +136,8 @@ def best_strategies(rows: list[dict], model_name: str, count: int = 4, level: fl
 def recovery_cells(rows: list[dict], models, seeds=range(5), levels=(0.2, 0.4, 0.6), **options) -> list[dict]:
     "Arguments for `recovery_cell`, given what `choosing_cell` has found."
     cells = []
-    for model in models:
-        pruned = [*best_strategies(rows, model), "random"]
-        cells += [dict(model_name=model, strategy=strategy, level=level, seed=seed, **options) for strategy in pruned for level in levels for seed in seeds]
-        cells += [dict(model_name=model, strategy="none", level=0.0, seed=seed, **options) for seed in seeds]
+    for seed in seeds:  # a study that is stopped has few seeds of everything, not all seeds of a few
+        for model in models:
+            cells += [dict(model_name=model, strategy=strategy, level=level, seed=seed, **options) for strategy in (*best_strategies(rows, model), "random") for level in levels]
+            cells.append(dict(model_name=model, strategy="none", level=0.0, seed=seed, **options))
     return cells

@@ -17,7 +17,7 @@ from .budgets import Rules, one_each, pick_heads
 from .errors import InvalidArgument
 from .importance import CRITERIA, combined_unimportance
 
-# %% ../nbs/23_masks.ipynb #d1f2b6dc
+# %% ../nbs/23_masks.ipynb #038183bc
 class PruningStrategy(str, Enum):
     "How heads are chosen."
     GRADIENT = "gradient"  # lowest gradient norm
@@ -26,7 +26,7 @@ class PruningStrategy(str, Enum):
     RANDOM = "random"  # the baseline
     TAYLOR = "taylor"  # lowest |g·∂L/∂g| (Michel et al. 2019)
     MAGNITUDE = "magnitude"  # smallest output weights
-    ITERATIVE = "iterative"  # taylor in rounds, measured anew and compensated after each
+    ITERATIVE = "iterative"  # fisher in rounds, measured anew and compensated after each
 
     __str__ = str.__str__
 
