@@ -19,7 +19,7 @@ _ROOMS = {
     "by_hand": "describe_site anatomy_by_hand",
     "gates": "gate_heads restore_heads revive_heads dormant_heads bank_on_disk",
     "entropy": "attention_entropy calculate_head_entropy",
-    "importance": "CRITERIA criterion measure_heads measure_entropy analyze_attention_patterns calculate_head_gradients",
+    "importance": "CRITERIA criterion criteria_within measure_heads measure_entropy analyze_attention_patterns calculate_head_gradients",
     "evaluation": "evaluate_model bits_per_byte measure_latency generate_sample model_cost",
     "compensation": "compensate_heads DenseInputs",
     "surgery": "remove_heads",

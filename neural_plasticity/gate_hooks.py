@@ -94,7 +94,7 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #c1c4505f
+# %% ../nbs/12_gate_hooks.ipynb #f920ae7e
 def _climb(projection: nn.Module) -> None:
     "An adapter (LoRA) has been put around a gated projection: the gate moves outwards, so that it acts on the adapter, too."
     inner = projection._modules.get("base_layer")
@@ -108,6 +108,18 @@ def _climb(projection: nn.Module) -> None:
             projection.__dict__[name] = inner.__dict__.pop(name)
     _drop_hooks(inner)
     projection.register_forward_pre_hook(_gate_columns)
+
+
+def _look_for_adapters(owner: nn.Module, args: tuple) -> None:
+    "Forward pre-hook of the module around a gated projection: an adapter may have been added since."
+    for child in owner._modules.values():
+        if child is not None and "base_layer" in child._modules:
+            _climb(child)
+
+
+def _owner(model: nn.Module, site: Site) -> nn.Module:
+    "The module that the site's projection is a part of."
+    return model.get_submodule(site.projection.rpartition(".")[0])
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
@@ -138,6 +150,7 @@ def attach_gate(model: nn.Module, site: Site) -> None:
         holder.register_buffer("plasticity_head", owner.to(device), persistent=False)
         holder.plasticity_padded, holder.plasticity_folded = bool((owner == site.num_heads).any()), site.folded
         holder.register_forward_pre_hook(_gate_columns)
+        _owner(model, site).register_forward_pre_hook(_look_for_adapters)
     else:
         if "plasticity_attention" not in holder.__dict__:
             holder.__dict__["plasticity_attention"] = {}
@@ -145,7 +158,7 @@ def attach_gate(model: nn.Module, site: Site) -> None:
             holder.register_forward_hook(_close_attention, always_call=True)
         holder.__dict__["plasticity_attention"][name] = (site.calls, site.head_axis, site.positions, site.folded)
 
-# %% ../nbs/12_gate_hooks.ipynb #2b7fa9c9
+# %% ../nbs/12_gate_hooks.ipynb #05c3e235
 def detach_gate(model: nn.Module, site: Site) -> None:
     "Take a site's gate away, and every trace of it."
     if not site.num_heads:
@@ -157,6 +170,8 @@ def detach_gate(model: nn.Module, site: Site) -> None:
         holder._non_persistent_buffers_set.discard(buffer)
     for flag in ("plasticity_padded", "plasticity_folded"):
         holder.__dict__.pop(flag, None)
+    if site.gate == "projection":
+        _drop_hooks(_owner(model, site), (_look_for_adapters,))
     others = holder.__dict__.get("plasticity_attention", {})
     others.pop(name, None)
     if not others:
@@ -164,8 +179,11 @@ def detach_gate(model: nn.Module, site: Site) -> None:
         _drop_hooks(holder)
 
 
-def _drop_hooks(holder: nn.Module) -> None:
-    for hooks, ours in ((holder._forward_pre_hooks, (_gate_columns, _open_attention)), (holder._forward_hooks, (_close_attention,))):
+_OURS = (_gate_columns, _open_attention, _close_attention)
+
+
+def _drop_hooks(holder: nn.Module, ours: tuple = _OURS) -> None:
+    for hooks in (holder._forward_pre_hooks, holder._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
             holder._forward_hooks_always_called.pop(key, None)

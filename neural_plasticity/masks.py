@@ -17,7 +17,7 @@ from .budgets import Rules, one_each, pick_heads
 from .errors import InvalidArgument
 from .importance import CRITERIA, combined_unimportance
 
-# %% ../nbs/23_masks.ipynb #038183bc
+# %% ../nbs/23_masks.ipynb #a46efcbf
 class PruningStrategy(str, Enum):
     "How heads are chosen."
     GRADIENT = "gradient"  # lowest gradient norm
@@ -25,6 +25,13 @@ class PruningStrategy(str, Enum):
     COMBINED = "combined"  # 0.6 entropy, 0.4 gradient
     RANDOM = "random"  # the baseline
     TAYLOR = "taylor"  # lowest |g·∂L/∂g| (Michel et al. 2019)
+    TAYLOR_PER_LAYER = "taylor_per_layer"  # the same, relative to the layer
+    FISHER = "fisher"  # lowest expected rise of the loss, to second order
+    BRAIN_SURGEON = "brain_surgeon"  # least left over after compensation
+    BRAIN_SURGEON_GRADIENT = "brain_surgeon_gradient"  # the same, in nats
+    LEARNED_GATES = "learned_gates"  # closed most often when gates are trained (slow)
+    LEAVE_ONE_OUT = "leave_one_out"  # lowest measured rise of the loss, one head after the other (slow)
+    ACTIVATION_NORM = "activation_norm"  # least added to the layer's output
     MAGNITUDE = "magnitude"  # smallest output weights
     ITERATIVE = "iterative"  # fisher in rounds, measured anew and compensated after each
 

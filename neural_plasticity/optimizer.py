@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['local', 'local_index', 'HeadwiseUpdates', 'headwise_updates', 'get_plasticity_optimizer']
 
-# %% ../nbs/31_optimizer.ipynb #d28eb81e
+# %% ../nbs/31_optimizer.ipynb #105b74e2
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .anatomy import exclusive_slices, heads_to_mask
+from .anatomy import exclusive_slices, heads_to_mask, output_dim
 from .errors import InvalidArgument, UnsupportedModel
 from .gates import state_of
 from .probing import anatomy_of
@@ -71,12 +72,29 @@ def _seed(optimizer: Optimizer, fresh: list[tuple[Tensor, int, Tensor]]) -> list
     scale = 1.0 if scale is None else float(scale)
     return [part for part in fresh if optimizer.state.get(part[0]) and not _seed_slice(optimizer.state[part[0]], *part, decay[part[0]], scale)]
 
-# %% ../nbs/31_optimizer.ipynb #19c20c60
+# %% ../nbs/31_optimizer.ipynb #014b799e
 def _held(model: nn.Module, slices: list[tuple[str, int, Tensor]]) -> list[tuple[Tensor, int, Tensor]]:
     "Slices (name, dim, indices) as (parameter, dim, indices), as far as this process holds them."
     parameters = dict(model.named_parameters())
     found = [(parameters[name], dim, local_index(parameters[name], dim, index)) for name, dim, index in slices]
     return [part for part in found if part[2].numel() and local(part[0]).numel()]
+
+
+def _adapted(model: nn.Module, slices: list) -> Iterator[tuple[Tensor, int, Tensor]]:
+    "Slices (name, dim, indices) as parameters: the named ones, or, where an adapter (LoRA) has been put around a layer, what it trains for the same features."
+    parameters = dict(model.named_parameters())
+    for name, dim, index in slices:
+        if name in parameters:
+            yield parameters[name], dim, index
+            continue
+        stem, _, kind = name.rpartition(".")
+        inner = parameters[f"{stem}.base_layer.{kind}"]
+        if inner.requires_grad:
+            yield inner, dim, index
+        if kind == "weight":  # lora_B is [outputs, rank], lora_A is [rank, inputs]
+            out = dim == output_dim(model.get_submodule(f"{stem}.base_layer"))
+            part, side = ("lora_B", 0) if out else ("lora_A", 1)
+            yield from ((parameter, side, index) for other, parameter in parameters.items() if other.startswith(f"{stem}.{part}."))
 
 
 def _without(slices: list, others: list) -> list[tuple[str, int, Tensor]]:

@@ -58,7 +58,7 @@ def shift_data(tokenizer, dataset_name: str, shift_name: str, shift: str, steps:
     return {"train": shifting(_batches(old_texts, tokenizer, steps, seed, **blocks), train, shift, seed), "chosen_on": data["selection"],
             "watched": watched, "reported": list(text_dataloader(reported, tokenizer, **blocks))}
 
-# %% ../nbs/55_shift_study.ipynb #ef5b4c0c
+# %% ../nbs/55_shift_study.ipynb #13d7b5eb
 def _prune_anew(model, level: float, batches: list) -> None:
     "Choose on these batches, prune, compensate; what was dormant before comes back first."
     restore_heads(model)
@@ -81,12 +81,14 @@ def shift_cell(
     block_size: int = 128,
     batch_size: int = 8,
     selection_batches: int = 16,
+    reported_batches: int | None = None,  # None: all
 ) -> dict:  # perplexity on the texts where the shift ends, before and after, and on the batches that were measured on; heads revived and pruned
     "One training, and what came of it."
     if method not in METHODS:
         raise InvalidArgument(f"method is {method!r}; there are {', '.join(METHODS)}")
     model, tokenizer = load_model(model_name, device)
     data = shift_data(tokenizer, dataset_name, shift_name, shift, training_steps, seed, block_size, batch_size, selection_batches)
+    data["reported"] = data["reported"][:reported_batches]
     if method != "control":
         _prune_anew(model, level, data["chosen_on"])
     before = evaluate_model(model, data["reported"])["perplexity"]

@@ -15,7 +15,7 @@ from neural_plasticity.data import load_embedded_model, load_embedded_text, text
 from neural_plasticity.errors import InvalidArgument, PlasticityError, WrongType  # noqa: E402
 from neural_plasticity.evaluation import evaluate_model, generate_sample  # noqa: E402
 from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, state_of  # noqa: E402
-from neural_plasticity.importance import CRITERIA, criterion, measure_heads  # noqa: E402
+from neural_plasticity.importance import CRITERIA, criteria_within, criterion, measure_heads  # noqa: E402
 from neural_plasticity.pruning import PruningStrategy, choose_heads  # noqa: E402
 from neural_plasticity.widgets import explore, highest_level, small_slice  # noqa: E402
 
@@ -35,7 +35,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def maps(parts):
-    return measure_heads(parts[0], parts[2], tuple(CRITERIA))
+    return measure_heads(parts[0], parts[2], criteria_within(3))
 
 
 def short(parts, **options):
@@ -92,20 +92,37 @@ def test_the_model_and_global_randomness_stay_as_they_are(parts, maps):
     assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
 
 
-def test_every_strategy_that_is_a_score_map_is_offered(parts):
+def test_every_strategy_that_a_slider_can_afford_is_offered(parts):
     @criterion("first_heads", formula="the index of the head")
     def _first_heads(found):
         return torch.arange(found.exists.numel(), dtype=torch.float32).view(found.exists.shape)
 
     try:
         explorer = short(parts)
-        assert list(explorer.strategy.options) == list(CRITERIA)
-        assert set(explorer.strategy.options) >= {strategy.value for strategy in PruningStrategy} - {"iterative"}
+        assert list(explorer.strategy.options) == criteria_within(3) and criteria_within(3)[-1] == "first_heads"
+        assert {strategy.value for strategy in PruningStrategy} - set(explorer.strategy.options) == {"iterative", "leave_one_out", "learned_gates"}
         explorer.strategy.value = "first_heads"
         assert explorer.mask.flatten()[:7].all() and not explorer.mask[3:].any()  # the lowest first, one head a layer stays
         assert "the index of the head" in explorer.children[1].value
     finally:
         del CRITERIA["first_heads"]
+
+
+def test_a_criterion_that_costs_more_is_measured_where_it_is_asked_for(parts):
+    measured = []
+
+    @criterion("dear", needs="batches", formula="the index of the head")
+    def _dear(found):
+        measured.append("dear")
+        return -torch.arange(found.exists.numel(), dtype=torch.float32).view(found.exists.shape)
+
+    try:
+        assert "dear" not in short(parts).strategy.options and not measured
+        explorer = short(parts, strategy="dear", level=0.2)
+        assert measured == ["dear"] and list(explorer.strategy.options) == [*criteria_within(3), "dear"]
+        assert explorer.mask.flatten()[-7:].all() and int(explorer.mask.sum()) == 9
+    finally:
+        del CRITERIA["dear"]
 
 
 def test_the_slider_ends_where_a_layer_would_be_left_without_heads(parts, maps):
