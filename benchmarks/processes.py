@@ -1,6 +1,6 @@
 """Do two processes choose, train and end as one; what do two GPUs gain; what does the callback cost?
 
-    python benchmarks/processes.py one.json
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/processes.py one.json
     torchrun --nproc_per_node 2 benchmarks/processes.py two.json            # one process a GPU (NCCL), or two on a CPU (gloo)
     torchrun --nproc_per_node 2 benchmarks/processes.py sharded.json --sharded   # FSDP2
 

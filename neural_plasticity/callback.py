@@ -51,7 +51,7 @@ def load_state(model: nn.Module, folder: Path) -> dict:  # the facts
         raise StorageError(f"{path} does not fit this model, or is damaged: {error}") from error
     return facts
 
-# %% ../nbs/31_callback.ipynb #f7833a90
+# %% ../nbs/31_callback.ipynb #9d731ad8
 @dataclass
 class ChangeHistory:
     "What has changed in the course of a training, as plain values."
@@ -100,6 +100,9 @@ class PlasticityCallback(TrainerCallback):
         anatomy_of(model)  # before the weights are sharded over several processes: they can't be probed then
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.n_gpu > 1:
+            raise EnvironmentProblem(f"{args.n_gpu} GPUs in one process means DataParallel, which replicates modules in every step, and was never tried with gates; "
+                                     "start one process a GPU (torchrun or accelerate launch), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)")
         facts = load_state(model, Path(args.output_dir) / f"checkpoint-{state.global_step}") if state.global_step > 0 else None
         just_revived = [] if facts is None else facts["just_revived"]
         self.updates = headwise_updates(optimizer, model, self.fast_heads, self.multiplier, just_revived)

@@ -58,12 +58,13 @@ def shift_data(tokenizer, dataset_name: str, shift_name: str, shift: str, steps:
     return {"train": shifting(_batches(old_texts, tokenizer, steps, seed, **blocks), train, shift, seed), "chosen_on": data["selection"],
             "watched": watched, "reported": list(text_dataloader(reported, tokenizer, **blocks))}
 
-# %% ../nbs/55_shift_study.ipynb #13d7b5eb
-def _prune_anew(model, level: float, batches: list) -> None:
+# %% ../nbs/55_shift_study.ipynb #03594e9c
+def _prune_anew(model, level: float, batches: list, strategy: str, compensate: bool) -> None:
     "Choose on these batches, prune, compensate; what was dormant before comes back first."
     restore_heads(model)
-    put_to_sleep(model, choose_heads(model, batches, level, "iterative"))
-    compensate_heads(model, batches)
+    put_to_sleep(model, choose_heads(model, batches, level, strategy))
+    if compensate:
+        compensate_heads(model, batches)
 
 
 def shift_cell(
@@ -74,6 +75,8 @@ def shift_cell(
     seed: int,
     training_steps: int = 300,
     learning_rate: float = 3e-4,
+    strategy: str = "iterative",  # how heads are chosen
+    compensate: bool = True,  # whether the others make up for them, before and during the training
     schedule: dict | None = None,  # what differs from PlasticitySchedule's defaults for swaps
     dataset_name: str = "embedded",
     shift_name: str = "embedded",
@@ -90,10 +93,10 @@ def shift_cell(
     data = shift_data(tokenizer, dataset_name, shift_name, shift, training_steps, seed, block_size, batch_size, selection_batches)
     data["reported"] = data["reported"][:reported_batches]
     if method != "control":
-        _prune_anew(model, level, data["chosen_on"])
+        _prune_anew(model, level, data["chosen_on"], strategy, compensate)
     before = evaluate_model(model, data["reported"])["perplexity"]
     if method == "rechoose" and shift != "gradual":
-        _prune_anew(model, level, data["watched"])
+        _prune_anew(model, level, data["watched"], strategy, compensate)
     plan = None
     if method in ("regrowth", "random"):
         plan = PlasticitySchedule(**{"regrow_every": max(1, training_steps // 10), "cooldown": training_steps // 5, "warmup_steps": 5, "swap": True, "swap_by": "random" if method == "random" else "score", "seed": seed, **(schedule or {})})
@@ -102,7 +105,7 @@ def shift_cell(
 
     def at_half_time(step, metrics):
         if method == "rechoose" and shift == "gradual" and step == halfway:
-            _prune_anew(model, level, data["watched"])
+            _prune_anew(model, level, data["watched"], strategy, compensate)
 
     train_with_plasticity(model, data["train"], data["watched"], (), learning_rate, training_steps, eval_interval=halfway, max_eval_steps=1, progress=False,
                           schedule=plan, regrow_dataloader=data["watched"], events=events, callback=at_half_time)

@@ -122,6 +122,15 @@ def with_callback(model, rows, folder, callback=None, **options):
     return Trainer(model, arguments, train_dataset=rows, callbacks=[callback or PlasticityCallback()])
 
 
+def test_data_parallel_is_refused():
+    model = build("gpt2")
+    rows = [{key: value[0] for key, value in batch.items()} for batch in batches(model, count=6, batch=1)]
+    trainer = with_callback(model, rows, None)
+    trainer.args._n_gpu = 2  # as Trainer finds it in one process with two GPUs
+    with pytest.raises(EnvironmentProblem, match="DataParallel.*torchrun"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 def schedule_for(model):
     return PlasticityCallback(PlasticitySchedule(regrow_every=2, fraction=0.5, stop_after=1.0, confidence=0.0, warmup_steps=3, num_batches=2), batches(model))
 
