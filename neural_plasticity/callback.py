@@ -51,7 +51,7 @@ def load_state(model: nn.Module, folder: Path) -> dict:  # the facts
         raise StorageError(f"{path} does not fit this model, or is damaged: {error}") from error
     return facts
 
-# %% ../nbs/31_callback.ipynb #9d731ad8
+# %% ../nbs/31_callback.ipynb #cdf68266
 @dataclass
 class ChangeHistory:
     "What has changed in the course of a training, as plain values."
@@ -67,7 +67,7 @@ class ChangeHistory:
         heads = lambda pairs: [tuple(pair) for pair in pairs]  # noqa: E731
         return cls([{"step": c["step"], "pruned": heads(c["pruned"]), "revived": heads(c["revived"]), "reasons": [(tuple(head), why) for head, why in c["reasons"]]} for c in changes])
 
-
+# %% ../nbs/31_callback.ipynb #da39444b
 class PlasticityCallback(TrainerCallback):
     "Heads during training: frozen while dormant, opened by degrees when revived, pruned and revived by a schedule."
 

@@ -94,7 +94,7 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #f920ae7e
+# %% ../nbs/12_gate_hooks.ipynb #0f4a042d
 def _climb(projection: nn.Module) -> None:
     "An adapter (LoRA) has been put around a gated projection: the gate moves outwards, so that it acts on the adapter, too."
     inner = projection._modules.get("base_layer")
@@ -130,7 +130,7 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         return projection, "plasticity_gate"
     return model.get_submodule(site.name), f"plasticity_gate_{site.call}"
 
-
+# %% ../nbs/12_gate_hooks.ipynb #157f82b5
 def has_gate(model: nn.Module, site: Site) -> bool:
     "Whether a gate is attached to the site."
     holder, name = _holder(model, site)

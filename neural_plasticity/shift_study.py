@@ -58,7 +58,7 @@ def shift_data(tokenizer, dataset_name: str, shift_name: str, shift: str, steps:
     return {"train": shifting(_batches(old_texts, tokenizer, steps, seed, **blocks), train, shift, seed), "chosen_on": data["selection"],
             "watched": watched, "reported": list(text_dataloader(reported, tokenizer, **blocks))}
 
-# %% ../nbs/55_shift_study.ipynb #03594e9c
+# %% ../nbs/55_shift_study.ipynb #931c2fbc
 def _prune_anew(model, level: float, batches: list, strategy: str, compensate: bool) -> None:
     "Choose on these batches, prune, compensate; what was dormant before comes back first."
     restore_heads(model)
@@ -66,7 +66,7 @@ def _prune_anew(model, level: float, batches: list, strategy: str, compensate: b
     if compensate:
         compensate_heads(model, batches)
 
-
+# %% ../nbs/55_shift_study.ipynb #33151a04
 def shift_cell(
     model_name: str,
     method: str,

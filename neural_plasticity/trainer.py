@@ -52,7 +52,7 @@ def _as_dataloader(batches) -> DataLoader:
         return DataLoader(batches.dataset, batch_size=1, sampler=batches.sampler, collate_fn=_only, num_workers=batches.num_workers)
     return batches
 
-# %% ../nbs/31_trainer.ipynb #c95abcc6
+# %% ../nbs/31_trainer.ipynb #d8af996e
 def quiet_arguments(
     model: nn.Module,
     folder,
@@ -61,6 +61,8 @@ def quiet_arguments(
     save_steps: int | None = None,  # steps between checkpoints; None: none is written
 ) -> TrainingArguments:
     "Quiet defaults: nothing is logged elsewhere or evaluated by itself, and the model stays on its device."
+    if not learning_rate > 0:
+        raise InvalidArgument(f"learning_rate is {learning_rate!r}; it must be above 0")
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=max_steps, learning_rate=learning_rate, use_cpu=next(model.parameters()).device.type == "cpu",
         save_strategy="steps" if save_steps else "no", save_steps=save_steps or 500, eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="linear",
@@ -69,7 +71,7 @@ def quiet_arguments(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would replicate modules without their gates
     return arguments
 
-# %% ../nbs/31_trainer.ipynb #35f68ef6
+# %% ../nbs/31_trainer.ipynb #59497237
 def _teacher(model: nn.Module, distill, weight: float, temperature: float, teacher) -> Teacher | None:
     "Who teaches; None where nobody does."
     if distill not in (None, "self"):
@@ -87,7 +89,24 @@ def _counted(labels: Tensor | None, logits: Tensor) -> Tensor:
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     return labels != -100
 
-# %% ../nbs/31_trainer.ipynb #2fa73320
+
+def _imitation(trainer: Trainer, logits: Tensor, taught: Tensor, labels: Tensor | None, num_items: Tensor | None) -> Tensor:
+    "The mean distance to the teacher, counted as Trainer counts the loss."
+    counted = _counted(labels, logits)
+    imitation = distillation_loss(logits, taught, counted, trainer.temperature) / (counted.sum() if num_items is None else num_items)
+    if num_items is not None and trainer.args.average_tokens_across_devices:
+        imitation = imitation * trainer.accelerator.num_processes  # gradients are averaged over processes
+    return imitation
+
+# %% ../nbs/31_trainer.ipynb #462c687b
+def _prepared(accelerator, batches) -> DataLoader:
+    "Batches on the device, each process its own."
+    loader = _as_dataloader(batches)
+    if isinstance(loader.dataset, _Batches):  # each process takes its own of them already
+        return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+    return accelerator.prepare(loader)
+
+# %% ../nbs/31_trainer.ipynb #34751e79
 class PlasticityTrainer(Trainer):
     "A `transformers.Trainer` with head-wise learning rates, dormant heads that stay put, and ready dataloaders."
 
@@ -137,28 +156,18 @@ class PlasticityTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.get("labels")
         with self.accelerator.autocast():
             taught = self.teacher(inputs)  # first: it may borrow the student's weights
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        counted = _counted(labels, outputs.logits)
-        imitation = distillation_loss(outputs.logits, taught, counted, self.temperature) / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            imitation = imitation * self.accelerator.num_processes  # as Trainer does with the loss: gradients are averaged over processes
+        imitation = _imitation(self, outputs.logits, taught, inputs.get("labels"), num_items_in_batch)
         loss = (1 - self.distill_weight) * loss + self.distill_weight * imitation
         return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self):
-        return super().get_train_dataloader() if self.ready_train is None else self._prepared(self.ready_train)
+        return super().get_train_dataloader() if self.ready_train is None else _prepared(self.accelerator, self.ready_train)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return super().get_eval_dataloader(eval_dataset) if self.ready_eval is None or eval_dataset is not None else self._prepared(self.ready_eval)
-
-    def _prepared(self, batches):
-        loader = _as_dataloader(batches)
-        if isinstance(loader.dataset, _Batches):  # each process takes its own of them already
-            return prepare_data_loader(loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-        return self.accelerator.prepare(loader)
+        return super().get_eval_dataloader(eval_dataset) if self.ready_eval is None or eval_dataset is not None else _prepared(self.accelerator, self.ready_eval)
 
     def train(self, *args, **kwargs):
         "Train as Trainer does, from the seed in `args`; the global random state is left as found."

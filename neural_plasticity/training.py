@@ -153,7 +153,7 @@ def _noting(events: list):
 
     return note
 
-# %% ../nbs/31_training.ipynb #a8ab2139
+# %% ../nbs/31_training.ipynb #c49f6d70
 def train_with_plasticity(
     model: nn.Module,
     train_dataloader,  # batches with labels; begun again when it is used up
@@ -179,8 +179,6 @@ def train_with_plasticity(
     """Train a pruned model. Dormant heads do not move; global random state is left as found. With a `checkpoint_folder`, the same call after a kill ends with the same numbers;
     the model has to be given as it was at the start."""
     _positive(training_steps=training_steps, eval_interval=eval_interval, **({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}))
-    if not learning_rate > 0:
-        raise InvalidArgument(f"learning_rate is {learning_rate!r}; it must be above 0")
     events = [] if events is None else events
     folder = None if checkpoint_folder is None else Path(checkpoint_folder)
     trainer = PlasticityTrainer(
@@ -199,7 +197,7 @@ def train_with_plasticity(
         _run(trainer, recorder, keeper)
     return recorder.history
 
-
+# %% ../nbs/31_training.ipynb #6e9ec823
 def _run(trainer: PlasticityTrainer, recorder: _Recorder, keeper: "_Checkpoints | None") -> None:
     "Train, from the newest whole checkpoint if there is one; every module's mode comes back afterwards."
     model = trainer.model
