@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import InvalidArgument
 from .quantities import QUANTITIES, Quantities
 
-# %% ../nbs/14_criteria.ipynb #99513681
+# %% ../nbs/14_criteria.ipynb #f4b57b28
 @dataclass(frozen=True)
 class Criterion:
     "How a score map is computed."
@@ -37,16 +37,16 @@ def criterion(
     source: str = "",
     cost: float | str | None = None,  # forward passes over the batches; None: that of the quantities
 ):
-    "Register a function as a criterion: `@criterion('mine', needs='gate_gradients')`."
+    "Register a function as a criterion: `@criterion('mine', needs='gate_gradients')`. The same function, defined anew, takes its own place; another one of that name is refused."
     needs = frozenset([needs] if isinstance(needs, str) else needs)
     if not needs <= set(QUANTITIES):
         raise InvalidArgument(f"criterion {name!r} needs {sorted(needs - set(QUANTITIES))}; it can need {', '.join(QUANTITIES)}")
-    if name in CRITERIA:
-        raise InvalidArgument(f"there is a criterion {name!r} already; choose another name, or delete CRITERIA[{name!r}] first")
     if cost is None:
         cost = _cost(needs)
 
     def register(function):
+        if name in CRITERIA and CRITERIA[name].function.__qualname__ != function.__qualname__:  # a cell that is run again defines the same function again
+            raise InvalidArgument(f"there is a criterion {name!r} already; choose another name, or delete CRITERIA[{name!r}] first")
         CRITERIA[name] = Criterion(name, function, needs, formula, source, cost)
         return function
 

@@ -294,7 +294,8 @@ def test_what_a_criterion_may_return(outside):
         with pytest.raises(WrongType, match=words):
             measure_heads(model, batches(model), name)
     with pytest.raises(InvalidArgument, match="already"):
-        criterion("pair")
+        criterion("pair")(str)
+    assert criterion("pair")(CRITERIA["pair"].function)  # the same function again, as in a notebook cell that is run twice
     with pytest.raises(InvalidArgument, match="gate_gradients, "):
         criterion("mine", needs=("gate_gradients", "magic"))
 
