@@ -59,6 +59,15 @@ def agreement(device) -> dict:
     return {"chosen": mask.nonzero().tolist(), "dormant": dormant_heads(model), "changes": len(events), "loss": history["eval_loss"]}
 
 
+def medium(device) -> tuple[GPT2LMHeadModel, int, int]:
+    "GPT-2 medium's shape with random weights, length of a sequence, size of the vocabulary; much smaller on a CPU."
+    torch.manual_seed(0)
+    shape = dict(n_layer=24, n_embd=1024, n_head=16) if device.type == "cuda" else dict(n_layer=2, n_embd=64, n_head=4)
+    length, vocabulary = (1024, 50257) if device.type == "cuda" else (32, 100)
+    with device:
+        return GPT2LMHeadModel(GPT2Config(**shape, vocab_size=vocabulary, n_positions=length, bos_token_id=None, eos_token_id=None)), length, vocabulary
+
+
 class Clock(TrainerCallback):
     "Seconds of every step."
 
@@ -78,11 +87,7 @@ class Clock(TrainerCallback):
 
 def step_seconds(device, callback: PlasticityCallback | None, dormant: float, sharded: bool, steps: int = 25) -> tuple[float, bool]:
     "A training step of GPT-2 medium's shape, random weights, bf16, 4 × 1,024 tokens a process; and whether dormant heads stayed where they were."
-    torch.manual_seed(0)
-    shape = dict(n_layer=24, n_embd=1024, n_head=16) if device.type == "cuda" else dict(n_layer=2, n_embd=64, n_head=4)
-    length, vocabulary = (1024, 50257) if device.type == "cuda" else (32, 100)
-    with device:
-        model = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=vocabulary, n_positions=length, bos_token_id=None, eos_token_id=None))
+    model, length, vocabulary = medium(device)
     anatomy = anatomy_of(model)
     if dormant:
         put_to_sleep(model, [head for number, head in enumerate(anatomy.heads) if number % round(1 / dormant) == 0])
@@ -102,11 +107,7 @@ def step_seconds(device, callback: PlasticityCallback | None, dormant: float, sh
 
 def measuring_seconds(device) -> float:
     "One taylor measurement over 8 batches of 4 × 1,024 tokens, GPT-2 medium's shape, bf16 by autocast, all heads at once."
-    torch.manual_seed(0)
-    shape = dict(n_layer=24, n_embd=1024, n_head=16) if device.type == "cuda" else dict(n_layer=2, n_embd=64, n_head=4)
-    length, vocabulary = (1024, 50257) if device.type == "cuda" else (32, 100)
-    with device:
-        model = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=vocabulary, n_positions=length, bos_token_id=None, eos_token_id=None))
+    model, length, vocabulary = medium(device)
     ids = torch.randint(vocabulary, (8, 4, length), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": rows, "labels": rows} for rows in ids]
     found = []

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['STATE_FILE', 'save_state', 'load_state', 'ChangeHistory', 'PlasticityCallback']
 
-# %% ../nbs/31_callback.ipynb #cb91be45
+# %% ../nbs/31_callback.ipynb #106dd42d
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers import TrainerCallback
 
 from .dormancy import pack_state, unpack_state
+from .durable import write_whole
 from .errors import EnvironmentProblem, InvalidArgument, StorageError
 from .gates import advance_warmup
 from .optimizer import headwise_updates
@@ -24,16 +24,14 @@ from .probing import anatomy_of
 from .regrowth import Change, PlasticityMemory, plasticity_step
 from .schedule import PlasticitySchedule
 
-# %% ../nbs/31_callback.ipynb #bf2cd140
+# %% ../nbs/31_callback.ipynb #c28bf60e
 STATE_FILE = "plasticity_state.safetensors"
 
 
 def save_state(model: nn.Module, folder: Path, **facts) -> None:
     "Write what is dormant in a model, and facts (JSON), into a checkpoint's folder: whole, or not at all."
     tensors, dormant = pack_state(model, weights=False)
-    part = folder / f".{STATE_FILE}.part"
-    save_file(tensors, part, metadata={"facts": json.dumps({"dormant": dormant, **facts})})
-    os.replace(part, folder / STATE_FILE)
+    write_whole(folder / STATE_FILE, save(tensors, metadata={"facts": json.dumps({"dormant": dormant, **facts})}))
 
 
 def load_state(model: nn.Module, folder: Path) -> dict:  # the facts

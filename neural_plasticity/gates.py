@@ -7,8 +7,7 @@ __all__ = ['PlasticityState', 'state_of', 'refuse_open_context', 'dormant_heads'
            'projection_parts', 'rewrite_projections', 'put_to_sleep', 'revive_heads', 'restore_heads', 'advance_warmup',
            'bank_on_disk', 'gate_heads']
 
-# %% ../nbs/12_gates.ipynb #c5fc464a
-import os
+# %% ../nbs/12_gates.ipynb #dbf51087
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site, columns_first, heads_to_mask
-from .errors import InvalidArgument, UnsupportedModel
+from .durable import storing, write_whole
+from .errors import InvalidArgument, StorageError, UnsupportedModel
 from .gate_hooks import attach_gate, detach_gate, has_gate, override_gate, set_gate
 from .probing import anatomy_of
 from .running import uncompiled, unwrap
@@ -122,7 +122,7 @@ def gates_lifted(model: nn.Module):
     del model.plasticity_state
     _forget_compiled()
 
-# %% ../nbs/12_gates.ipynb #858c80d2
+# %% ../nbs/12_gates.ipynb #3bf21914
 def projection_parts(model: nn.Module, site: Site) -> dict[str, Tensor]:
     "The output projection as `weight` [C, out] (a view) and, where there is one, `bias` [out]."
     linear = unwrap(model).get_submodule(site.projection)
@@ -141,9 +141,7 @@ def _banked(state: PlasticityState, layer: int, kind: str, values: dict[str, Ten
     kept = {}
     for name, value in values.items():
         path = state.folder / f"{kind}.{layer}.{name}"
-        part = path.with_suffix(".part")
-        part.write_bytes(value.view(torch.uint8).numpy().tobytes())
-        os.replace(part, path)  # whoever reads the old file goes on reading the old file
+        write_whole(path, value.view(torch.uint8).numpy().tobytes())  # whoever reads the old file goes on reading the old file
         kept[name] = torch.from_file(str(path), shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)
     return kept
 
@@ -284,21 +282,22 @@ def advance_warmup(model: nn.Module, to_the_end: bool = False) -> None:
             del state.warmup[head]
     _push_gates(model)
 
-# %% ../nbs/12_gates.ipynb #c99ddfe5
+# %% ../nbs/12_gates.ipynb #ec3b0744
 def bank_on_disk(
     model: nn.Module,  # with dormant heads
     folder,  # made if it is not there; the files in it are needed as long as heads of this model are dormant
 ) -> None:
     """Keep the original weights of zeroed and compensated layers in files from now on, not in memory.
-    A copy of the model has its bank in memory. Raises OSError, and keeps what was there, if the files cannot be written."""
+    A copy of the model has its bank in memory. Raises `StorageError`, and keeps what was there, if the files cannot be written."""
     state = state_of(model)
     if state is None:
         raise InvalidArgument("no head of this model is dormant, so there is no bank yet; prune first")
     before, state.folder = state.folder, Path(folder)
     try:
-        state.folder.mkdir(parents=True, exist_ok=True)
+        with storing(state.folder):
+            state.folder.mkdir(parents=True, exist_ok=True)
         moved = [{layer: _banked(state, layer, kind, values) for layer, values in getattr(state, kind).items()} for kind in ("original", "written")]
-    except OSError:
+    except StorageError:
         state.folder = before
         raise
     state.original, state.written = moved

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .errors import InvalidArgument
 
-# %% ../nbs/30_schedule.ipynb #fb5b710e
+# %% ../nbs/30_schedule.ipynb #86673919
 @dataclass(frozen=True)
 class PlasticitySchedule:
     "When heads are measured during training, and how many may change."
@@ -70,8 +70,8 @@ class PlasticitySchedule:
 
     def ramp(self, total_steps: int) -> tuple[int, int]:
         "First and last step of the ramp; it takes at least one."
-        start = max(1, round(self.prune_from * total_steps))
-        return start, max(start, round(self.prune_until * total_steps))
+        start = round(self.prune_from * total_steps)
+        return start, max(start, 1, round(self.prune_until * total_steps))
 
     def level(self, step: int, total_steps: int, before: float) -> float:
         "Share of heads that should sleep after `step`, when a share `before` did at the start: `s_end + (s_start − s_end)·(1 − t)³` (Zhu & Gupta 2017, eq. 1)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROL', 'run_one', 'mean_and_error', 'SweepTable', 'tabulate', 'SweepResult', 'run_sweep']
 
-# %% ../nbs/50_sweep.ipynb #8b5b429d
+# %% ../nbs/50_sweep.ipynb #46223458
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,6 +18,7 @@ from .errors import InvalidArgument
 from .experiment import run_experiment
 from .prepared import Prepared, prepare_experiment
 from .pruning import strategy_name
+from .report import as_html, as_text
 from .run_folder import read_config, refuse_another
 
 # %% ../nbs/50_sweep.ipynb #b8773059
@@ -55,7 +56,7 @@ def run_one(
     return {**({stage: None for stage in stages} | {"baseline": stages["baseline"], "final": stages["final"]} if control else stages), "heads": after["heads"],
             "pruned_heads": len(arm["pruned_heads"]), "revived_heads": len(arm["revived_heads"]), "parameters": after["parameters"], "bits_per_byte": after["bits_per_byte"]}
 
-# %% ../nbs/50_sweep.ipynb #e53d4012
+# %% ../nbs/50_sweep.ipynb #3e00c860
 def mean_and_error(values) -> tuple[float | None, float | None]:
     "Mean and standard error; no error from a single value, nothing from none."
     values = [value for value in values if value is not None]
@@ -80,16 +81,12 @@ class SweepTable(list):
         return rows
 
     def __str__(self):
-        cells = self.cells()
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))) for row in cells)
+        return as_text(self.cells())
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        head, *body = self.cells()
-        line = lambda row, tag: "<tr>" + "".join(f'<{tag} style="text-align:{"left" if i == 0 else "right"}">{cell}</{tag}>' for i, cell in enumerate(row)) + "</tr>"  # noqa: E731
-        return f"<table><thead>{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in body)}</tbody></table>"
+        return as_html(self.cells())
 
 
 def _formatted(name: str, mean: float | None, error: float | None) -> str:

@@ -6,11 +6,10 @@
 __all__ = ['HISTORY_KEYS', 'HISTORY_FILE', 'evaluate_together', 'checkpoints', 'train_with_plasticity', 'recovery_rate',
            'run_plasticity_loop', 'PlasticityCallback', 'PlasticityTrainer', 'get_plasticity_optimizer']
 
-# %% ../nbs/31_training.ipynb #51da03e2
+# %% ../nbs/31_training.ipynb #7ee35490
 import copy
 import json
 import math
-import os
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 from .callback import load_state
 from .compensation import compensate_heads
 from .data import no_progress_bars
+from .durable import write_json
 from .errors import InvalidArgument
 from .evaluation import evaluate_model
 from .gates import dormant_heads
@@ -97,7 +97,7 @@ def evaluate_together(model: nn.Module, dataloader, max_eval_steps: int | None =
     loss = sum(part[0] for part in parts) / tokens
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
 
-# %% ../nbs/31_training.ipynb #daffa127
+# %% ../nbs/31_training.ipynb #53679bd3
 HISTORY_FILE = "plasticity_history.json"
 
 
@@ -112,9 +112,7 @@ class _Checkpoints(TrainerCallback):
             return
         newest = self.folder / f"checkpoint-{state.global_step}"
         losses = [float(loss) for loss in self.recorder.trainer.recent_losses]
-        text = json.dumps({"question": self.question, "history": self.recorder.history, "events": self.events, "recent_losses": losses})
-        (newest / f".{HISTORY_FILE}.part").write_text(text, encoding="utf-8")
-        os.replace(newest / f".{HISTORY_FILE}.part", newest / HISTORY_FILE)
+        write_json(newest / HISTORY_FILE, {"question": self.question, "history": self.recorder.history, "events": self.events, "recent_losses": losses})
         for other in checkpoints(self.folder):
             if other != newest:
                 shutil.rmtree(other)

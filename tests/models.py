@@ -1,12 +1,15 @@
 """Small models of four families, inputs for them, and a way to say that a model was left as it was."""
 import copy
+import itertools
 from functools import cache
 
 import torch
 from transformers import (AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig,
                           ViTForImageClassification)
 
+from neural_plasticity.anatomy import exclusive_slices
 from neural_plasticity.data import embedded_folder
+from neural_plasticity.probing import anatomy_of
 
 VOCABULARY, LAYERS, HEADS = 53, 3, 4
 _PLAIN = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS, initializer_range=0.2)
@@ -96,3 +99,17 @@ def fingerprint(model):
         modules[name] = (type(module), hooks, plain, sorted(vars(module)), sorted(module._buffers), sorted(module._non_persistent_buffers_set))
     flags = {name: (parameter.requires_grad, parameter.grad is None) for name, parameter in model.named_parameters()}
     return modules, flags, model.config.to_dict(), model.config._attn_implementation
+
+
+def slices(model, heads):
+    "The weights that are these heads' alone, copied."
+    parameters = dict(model.named_parameters())
+    return {(name, dim): parameters[name].detach().index_select(dim, index).clone() for name, dim, index in exclusive_slices(anatomy_of(model), heads)}
+
+
+def steps(model, optimizer, count, data):
+    "Plain training, as somebody's own loop does it."
+    for _, batch in zip(range(count), itertools.cycle(data)):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()

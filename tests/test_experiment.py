@@ -7,14 +7,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from neural_plasticity import prepared
+from neural_plasticity import sources
 from neural_plasticity.cells import CellsFailed
 from neural_plasticity.config import ExperimentConfig
 from neural_plasticity.errors import InvalidArgument, MissingSplit, StorageError, WrongType
 from neural_plasticity.experiment import prepare_experiment, read_record, run_experiment
-from neural_plasticity.prepared import split_texts
 from neural_plasticity.regrowth import PlasticitySchedule
-from neural_plasticity.sources import load_texts
+from neural_plasticity.sources import load_splits, load_texts
 from neural_plasticity.sweep import mean_and_error, run_sweep
 from neural_plasticity.training import run_plasticity_loop
 
@@ -31,7 +30,7 @@ def file(tmp_path):
 def test_a_plain_file_is_split_three_ways(file):
     with pytest.raises(MissingSplit, match="there are 'train'"):
         load_texts(str(file), split="validation")
-    train, selection, validation = split_texts(ExperimentConfig(dataset_name=str(file)))
+    train, selection, validation = load_splits(str(file))
     assert sorted(train + selection + validation) == sorted(PARAGRAPHS) and len(validation) == 3 and len(selection) == 3
 
 
@@ -41,9 +40,9 @@ def test_a_validation_split_that_cannot_be_read_is_an_error(file, monkeypatch):
             raise InvalidArgument("text_column is 'text', but that column is not there")
         return load_texts(name, split=split, **source)
 
-    monkeypatch.setattr(prepared, "load_texts", broken)
+    monkeypatch.setattr(sources, "load_texts", broken)
     with pytest.raises(InvalidArgument, match="text_column"):
-        split_texts(ExperimentConfig(dataset_name=str(file)))
+        load_splits(str(file))
 
 
 SMALL = ExperimentConfig(minimal=True, device="cpu", strategy="taylor", training_steps=4, eval_interval=2, regrow_every=2, block_size=32, eval_batches=1)

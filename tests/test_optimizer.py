@@ -1,7 +1,6 @@
 """The optimizer and the heads: dormant ones do not move, those that come back start gently, and a removal leaves the moments of all others alone."""
 
 import copy
-import itertools
 import math
 import os
 import subprocess
@@ -10,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from models import batches, build
+from models import batches, build, slices, steps
 from torch.optim import SGD, Adafactor, Adam, AdamW
 
 from neural_plasticity.anatomy import exclusive_slices
@@ -31,18 +30,6 @@ OPTIMIZERS = {
     "adam": lambda p: Adam(p, lr=RATE, weight_decay=DECAY),
     "sgd-momentum": lambda p: SGD(p, lr=RATE, momentum=0.9, weight_decay=DECAY),
 }
-
-
-def slices(model, heads):
-    parameters = dict(model.named_parameters())
-    return {(name, dim): parameters[name].detach().index_select(dim, index).clone() for name, dim, index in exclusive_slices(anatomy_of(model), heads)}
-
-
-def steps(model, optimizer, count, data):
-    for _, batch in zip(range(count), itertools.cycle(data)):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
 
 
 def moments(model, optimizer):

@@ -15,7 +15,7 @@ def test_the_ramp_rises_to_its_end_and_stays(total, every, a, b, before, end):
     schedule = PlasticitySchedule(prune_to=end, prune_every=every, prune_from=min(a, b), prune_until=max(a, b))
     first, last = schedule.ramp(total)
     steps = [step for step in range(total + 1) if schedule.prunes(step, total)]
-    assert first >= 1 and all(first <= step <= last for step in steps) and (last > total or steps[-1] == last)
+    assert all(max(1, first) <= step <= last and ((step - first) % every == 0 or step == last) for step in steps) and (last > total or steps[-1] == last)
     levels = [schedule.level(step, total, before) for step in steps]
     assert levels == sorted(levels, reverse=end < before) and (last > total or levels[-1] == end)
 

@@ -7,11 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import batches, build
+from models import batches, build, slices, steps
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from transformers import Trainer, TrainingArguments
 
-from neural_plasticity.anatomy import exclusive_slices
 from neural_plasticity.compensation import compensate_heads
 from neural_plasticity.errors import EnvironmentProblem, InvalidArgument
 from neural_plasticity.gates import dormant_heads, put_to_sleep, restore_heads, revive_heads, state_of
@@ -31,18 +30,6 @@ OPTIMIZERS = {
     "sgd-momentum": lambda p: SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "rmsprop": lambda p: RMSprop(p, lr=1e-3),
 }
-
-
-def slices(model, heads):
-    parameters = dict(model.named_parameters())
-    return {(name, dim): parameters[name].detach().index_select(dim, index).clone() for name, dim, index in exclusive_slices(anatomy_of(model), heads)}
-
-
-def steps(model, optimizer, count, data):
-    for _, batch in zip(range(count), itertools.cycle(data)):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
 
 
 def same(a, b):
