@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import neural_plasticity.attention_masks as attention_masks_module
-import neural_plasticity.entropy as entropy_module
+import neural_plasticity.fused_call as fused_call_module
+import neural_plasticity.row_blocks as row_blocks_module
 from neural_plasticity.attention_masks import visible_keys
 from neural_plasticity.entropy import attention_entropy, calculate_head_entropy, entropy_path, map_entropy, normalize_entropy
 from neural_plasticity.errors import InvalidArgument, WrongType
@@ -98,7 +99,8 @@ def compare(problem, path, block):
     query, key, arguments = problem
     expected = reference_entropy(query, key, **{name: value for name, value in arguments.items() if name != "sinks"})
     with pytest.MonkeyPatch.context() as patch:  # blocks of every size, a single row too
-        patch.setattr(entropy_module, "_BLOCK_ELEMENTS", block)
+        for room in (fused_call_module, row_blocks_module):
+            patch.setattr(room, "BLOCK_ELEMENTS", block)
         assert_same(attention_entropy(query, key, **arguments, path=path), expected)
 
 
@@ -181,7 +183,8 @@ def test_many_blocks_with_a_window_reach_every_row():
     query, key = random_qk(4, B=1, H=2, Hkv=1, T=300)
     expected = both_paths(query, key, is_causal=True, window=16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entropy_module, "_BLOCK_ELEMENTS", 4000)  # 20 or more blocks, each with few keys
+        for room in (fused_call_module, row_blocks_module):
+            patch.setattr(room, "BLOCK_ELEMENTS", 4000)  # 20 or more blocks, each with few keys
         assert_same(both_paths(query, key, is_causal=True, window=16), expected.double())
 
 
@@ -275,28 +278,28 @@ def test_the_path_can_be_asked_for_and_asked_about(monkeypatch):
 def test_an_operator_that_changed_its_meaning_is_not_used(monkeypatch):
     query, key = random_qk(12)
     expected = attention_entropy(query, key, is_causal=True)
-    honest = entropy_module._fused_rows
-    monkeypatch.setattr(entropy_module, "_fused_rows", lambda *a, **k: honest(*a, **k) / math.log(2))  # say, bits for nats
-    entropy_module._fused_works.cache_clear()
+    honest = fused_call_module._mean_keys
+    monkeypatch.setattr(fused_call_module, "_mean_keys", lambda *a, **k: [x / math.log(2) for x in honest(*a, **k)])  # say, bits for nats
+    fused_call_module._works.cache_clear()
     try:
         assert entropy_path(query, key, is_causal=True) == "blocks"
         assert_same(attention_entropy(query, key, is_causal=True), expected.double())
     finally:
-        entropy_module._fused_works.cache_clear()
+        fused_call_module._works.cache_clear()
     monkeypatch.undo()
     assert entropy_path(query, key, is_causal=True) == "fused"
 
 
 def test_the_examination_is_fair_under_reduced_precision():
     query, key = random_qk(14)
-    entropy_module._fused_works.cache_clear()
+    fused_call_module._works.cache_clear()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert entropy_path(query, key) == "fused"
     finally:
         torch.set_float32_matmul_precision("highest")
-        entropy_module._fused_works.cache_clear()
+        fused_call_module._works.cache_clear()
 
 
 # --- bad input ---
