@@ -180,10 +180,11 @@ def _kernel(Q, K, ENTROPY, TOP, FIRST, SELF, PREVIOUS, DISTANCE, first_key, padd
         _store_mass(PREVIOUS, place, rows + offset - 1, Q, K, q_step, k_step, rows, largest, l, queries, keys, offset, window, scale, softcap, padding, padding_step, a, a_row, a_column, b, b_row, b_column,
                     CAUSAL, WINDOW, SOFTCAP, SIZE, WIDTH)
 
-# %% ../nbs/13_attention_kernel.ipynb #70ba546b
-_HOPPER = {16: (128, 128, 4, 3), 32: (128, 128, 4, 3), 64: (128, 128, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)}  # padded head size → queries, keys, warps, stages
+# %% ../nbs/13_attention_kernel.ipynb #8f266172
+_HOPPER = {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 128, 4, 3), 128: (64, 128, 4, 3), 256: (128, 64, 8, 3)}  # padded head size → queries, keys, warps, stages
 _OTHERS = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)}
 _FLOAT32 = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 16, 4, 2)}
+_FLOAT32_HOPPER = {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)}
 
 
 def block_shape(
@@ -191,9 +192,9 @@ def block_shape(
 ) -> tuple[int, int, int, int]:
     "Queries and keys in a block, warps, and pipeline stages."
     width = max(16, triton.next_power_of_2(problem.query.shape[-1]))
+    hopper = problem.query.device.type == "cuda" and torch.cuda.get_device_capability(problem.query.device)[0] == 9
     if problem.query.dtype == torch.float32:
-        return _FLOAT32[width]
-    hopper = problem.query.device.type == "cuda" and torch.cuda.get_device_capability(problem.query.device) >= (9, 0)
+        return (_FLOAT32_HOPPER if hopper else _FLOAT32)[width]
     return (_HOPPER if hopper else _OTHERS)[width]
 
 # %% ../nbs/13_attention_kernel.ipynb #ab65ac03

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['choose_path', 'solve', 'attention_statistics', 'statistics_path', 'STATISTICS']
 
-# %% ../nbs/13_streaming.ipynb #d6e86939
+# %% ../nbs/13_streaming.ipynb #9025321f
 import os
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def choose_path(problem: AttentionProblem, statistics: tuple[str, ...], path: st
         raise InvalidArgument(f"path {path!r} is not possible here: {reason}; leave path out")
     return path
 
-# %% ../nbs/13_streaming.ipynb #48a3ad25
+# %% ../nbs/13_streaming.ipynb #f49c457e
 @contextmanager
 def _exact_matmul(device):
     "No autocast, no TF32, no bf16 shortcuts inside; the settings are put back as they were."
@@ -79,12 +79,12 @@ def solve(
     statistics: tuple[str, ...],
     path: str | None = None,
 ) -> dict[str, Tensor]:  # [B,H,T] each; NaN where a query sees no key
-    "Statistics of a problem. Queries and keys that are not finite are not noticed here: they end as an entropy that is not finite."
+    "Statistics of a problem. Queries and keys that are not finite are not noticed here: they end as numbers that are not."
     chosen = choose_path(problem, statistics, path)
-    with _exact_matmul(problem.query.device):
+    with nullcontext() if chosen == "kernel" else _exact_matmul(problem.query.device):
         return _WAYS[chosen][1](problem, statistics)
 
-# %% ../nbs/13_streaming.ipynb #625f1704
+# %% ../nbs/13_streaming.ipynb #5fd6acdc
 def _refuse_infinite(found: dict[str, Tensor], **tensors: Tensor) -> None:
     "Raise `InvalidArgument` for NaN and infinity in the inputs. They are looked at only if a result is not finite, which rows that see no key can bring about, too."
     if all(torch.isfinite(values.sum()) for values in found.values()):
@@ -109,11 +109,14 @@ def attention_statistics(
     first_key: Tensor | None = None,  # long [B] or [B,H]: which key counts as the first; None: the first that padding and masks leave
     path: str | None = None,  # "kernel", "fused", "blocks", or None for the fastest that is exact
 ) -> dict[str, Tensor]:  # [B,H,T] each, float32 (float64 for float64 queries); NaN where a query sees no key
-    "Exact statistics of every row of attention, in memory that grows with T alone. Raises `InvalidArgument`, `WrongType`."
+    """Exact statistics of every row of attention, in memory that grows with T alone. Raises `InvalidArgument`, `WrongType`.
+
+    On a GPU nothing is waited for: queries and keys that are not finite are no error there, but give an infinite entropy (and NaN for the rest)."""
     names = read_statistics(statistics)
     problem = state_problem(query, key, scale=scale, is_causal=is_causal, attention_mask=attention_mask, window=window, bias=bias, softcap=softcap, sinks=sinks, first_key=first_key)
     found = solve(problem, names, path)
-    _refuse_infinite(found, query=query, key=key)
+    if query.device.type == "cpu":  # elsewhere, to ask would be to wait
+        _refuse_infinite(found, query=query, key=key)
     return found
 
 
