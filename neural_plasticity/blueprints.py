@@ -131,7 +131,7 @@ def without_numbers(model: nn.Module) -> list[str]:
     plain = [f"{path}.{name}".strip(".") for path, module in model.named_modules() for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
     return held + plain
 
-# %% ../nbs/22_blueprints.ipynb #220bb941
+# %% ../nbs/22_blueprints.ipynb #f646465c
 _COUNTS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
 
 
@@ -174,8 +174,8 @@ def fitting_config(
         try:
             for name, value in changes.items():
                 setattr(config, name, value)
-            other = blank_model(type(model), config)
-        except Exception:  # a config that its own class refuses
+            other = blank_model(type(model), type(config).from_dict(config.to_dict()))  # checked as it would be when it is read from a file
+        except Exception:  # a config that its own class refuses, such as a width that is no multiple of the heads
             continue
         if {name: place.shape for name, place in _places(other).items()} == shapes and _numbers(other) == numbers:
             return changes

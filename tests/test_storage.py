@@ -154,6 +154,16 @@ print(model.generate(**ids, max_new_tokens=5, do_sample=False).tolist())
     assert json.loads(done.stdout) == model.generate(**ids, max_new_tokens=5, do_sample=False).tolist()
 
 
+def test_as_many_heads_of_each_layer_as_transformers_has_no_config_for(tmp_path):
+    "Six heads of eight at a width of 64: transformers wants the width to be a multiple of the heads, so the folder keeps the dense config."
+    shape = dict(vocab_size=53, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, bos_token_id=None, eos_token_id=None)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    remove_heads(model, [(0, 0), (0, 1), (1, 6), (1, 7)])
+    loaded = load_pruned(save_pruned(model, tmp_path / "model"))
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, loaded(ids).logits) and kept_heads(loaded) == kept_heads(model)
+
+
 def test_what_the_folder_says(tmp_path):
     model = prepared("llama-grouped", removed_then_compensated)
     model.generation_config.max_new_tokens = 11
