@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['has_gate', 'attach_gate', 'detach_gate', 'set_gate', 'override_gate']
 
-# %% ../nbs/12_gate_hooks.ipynb #b7239ea6
+# %% ../nbs/12_gate_hooks.ipynb #479ec6b1
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,19 +24,47 @@ def _for_batch(factors: Tensor, tensor: Tensor, dimensions: int, folded: bool) -
         raise InvalidArgument(f"gates for {samples} samples met a batch of {size}; give one row of gates a sample (a beam is a sample), or gates [L,H] for all")
     return factors.repeat_interleave(size // samples, dim=0).view(size, *(1,) * (dimensions - 2), -1)
 
-# %% ../nbs/12_gate_hooks.ipynb #e4d2041a
+# %% ../nbs/12_gate_hooks.ipynb #091c8855
+def _factors(gate: Tensor, inputs: Tensor, head: Tensor, padded: bool, folded: bool) -> Tensor:
+    "What the columns of inputs [batch,...,C] are multiplied by; gate [H] or [B,H], `head` [C] which of them each column belongs to, H if to none."
+    gate = gate.to(inputs.device, inputs.dtype)
+    if padded:  # columns that no head feeds stay as they are
+        gate = F.pad(gate, (0, 1), value=1.0)
+    factors = gate[..., head]  # [C] or [B,C]
+    return factors if factors.dim() == 1 else _for_batch(factors, inputs, inputs.dim(), folded)
+
+
+class _GatedColumns(torch.autograd.Function):
+    """The same product, for gates that want gradients: ∂L/∂g_h = Σ x·δ over the head's columns and the sample's rows, summed in float32 whatever x is.
+    Autograd by itself would sum in the inputs' type, and scatter what it has summed from one small tensor to the next."""
+
+    @staticmethod
+    def forward(ctx, inputs, gate, head, padded, folded, even):
+        ctx.save_for_backward(inputs, gate, head)
+        ctx.padded, ctx.folded, ctx.even = padded, folded, even
+        return inputs * _factors(gate, inputs, head, padded, folded)
+
+    @staticmethod
+    def backward(ctx, slope):
+        inputs, gate, head = ctx.saved_tensors
+        of_inputs = slope * _factors(gate, inputs, head, ctx.padded, ctx.folded) if ctx.needs_input_grad[0] else None
+        samples, exact = len(gate) if gate.dim() == 2 else 1, torch.promote_types(inputs.dtype, torch.float32)
+        columns = (slope * inputs).reshape(samples, -1, inputs.shape[-1]).sum(1, dtype=exact)  # [B,C]
+        if ctx.even:
+            sums = columns.unflatten(1, (gate.shape[-1], -1)).sum(2)
+        else:  # not index_add, which on a GPU adds in another order every time
+            sums = columns.new_zeros(gate.shape[-1] + 1, samples).index_put((head,), columns.T, accumulate=True)[:-1].T
+        return of_inputs, sums.reshape(gate.shape).to(gate.device, gate.dtype), None, None, None, None
+
+
 def _gate_columns(projection: nn.Module, args: tuple) -> tuple:
     "Forward pre-hook: multiply each head's columns of the output projection's input by its gate."
-    inputs = args[0]
-    gate = projection.__dict__.get("plasticity_override")
+    inputs, gate = args[0], projection.__dict__.get("plasticity_override")
     gate = projection.plasticity_gate if gate is None else gate
-    gate = gate.to(inputs.device, inputs.dtype)
-    if projection.plasticity_padded:  # columns that no head feeds stay as they are
-        gate = F.pad(gate, (0, 1), value=1.0)
-    factors = gate[..., projection.plasticity_head]  # [C] or [B,C]
-    if factors.dim() == 2:
-        factors = _for_batch(factors, inputs, inputs.dim(), projection.plasticity_folded)
-    return (inputs * factors, *args[1:])
+    about = projection.plasticity_head, projection.plasticity_padded, projection.plasticity_folded
+    if gate.requires_grad and torch.is_grad_enabled():
+        return (_GatedColumns.apply(inputs, gate, *about, projection.__dict__.get("plasticity_even", False)), *args[1:])
+    return (inputs * _factors(gate, inputs, *about), *args[1:])
 
 # %% ../nbs/12_gate_hooks.ipynb #467181aa
 def _gated(tensor: Tensor, gate: Tensor, axis: int, folded: bool = False) -> Tensor:
@@ -94,7 +124,7 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #0f4a042d
+# %% ../nbs/12_gate_hooks.ipynb #15707773
 def _climb(projection: nn.Module) -> None:
     "An adapter (LoRA) has been put around a gated projection: the gate moves outwards, so that it acts on the adapter, too."
     inner = projection._modules.get("base_layer")
@@ -103,7 +133,7 @@ def _climb(projection: nn.Module) -> None:
     for name in ("plasticity_gate", "plasticity_head"):
         projection.register_buffer(name, inner._buffers.pop(name), persistent=False)
         inner._non_persistent_buffers_set.discard(name)
-    for name in ("plasticity_padded", "plasticity_folded", "plasticity_override"):
+    for name in ("plasticity_padded", "plasticity_folded", "plasticity_even", "plasticity_override"):
         if name in inner.__dict__:
             projection.__dict__[name] = inner.__dict__.pop(name)
     _drop_hooks(inner)
@@ -130,11 +160,23 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         return projection, "plasticity_gate"
     return model.get_submodule(site.name), f"plasticity_gate_{site.call}"
 
-# %% ../nbs/12_gate_hooks.ipynb #157f82b5
+# %% ../nbs/12_gate_hooks.ipynb #78b820f8
 def has_gate(model: nn.Module, site: Site) -> bool:
     "Whether a gate is attached to the site."
     holder, name = _holder(model, site)
     return name in holder._buffers or not site.num_heads  # a site whose heads are all removed has nothing to gate
+
+
+_layouts: WeakKeyDictionary = WeakKeyDictionary()  # site → what `_layout` has found
+
+
+def _layout(site: Site) -> tuple[Tensor, bool, bool]:
+    "Which head each column belongs to [C] (H: to none), whether there are such columns, and whether the heads' columns lie side by side, as many for each."
+    if site not in _layouts:
+        head = torch.where(site.columns.any(0), site.columns.int().argmax(0), site.num_heads)
+        even = len(head) % site.num_heads == 0 and head.equal(torch.arange(len(head)) // (len(head) // site.num_heads))
+        _layouts[site] = head, bool((head == site.num_heads).any()), even
+    return _layouts[site]
 
 
 @torch.inference_mode(False)
@@ -146,9 +188,9 @@ def attach_gate(model: nn.Module, site: Site) -> None:
     device = next(holder.parameters(), next(model.parameters())).device
     holder.register_buffer(name, torch.ones(site.num_heads, device=device), persistent=False)
     if site.gate == "projection":
-        owner = torch.where(site.columns.any(0), site.columns.int().argmax(0), site.num_heads)
-        holder.register_buffer("plasticity_head", owner.to(device), persistent=False)
-        holder.plasticity_padded, holder.plasticity_folded = bool((owner == site.num_heads).any()), site.folded
+        head, padded, even = _layout(site)
+        holder.register_buffer("plasticity_head", head.to(device, copy=True, non_blocking=device.type == "cuda"), persistent=False)
+        holder.plasticity_padded, holder.plasticity_folded, holder.plasticity_even = padded, site.folded, even
         holder.register_forward_pre_hook(_gate_columns)
         _owner(model, site).register_forward_pre_hook(_look_for_adapters)
     else:
@@ -158,7 +200,7 @@ def attach_gate(model: nn.Module, site: Site) -> None:
             holder.register_forward_hook(_close_attention, always_call=True)
         holder.__dict__["plasticity_attention"][name] = (site.calls, site.head_axis, site.positions, site.folded)
 
-# %% ../nbs/12_gate_hooks.ipynb #05c3e235
+# %% ../nbs/12_gate_hooks.ipynb #b47d26e3
 def detach_gate(model: nn.Module, site: Site) -> None:
     "Take a site's gate away, and every trace of it."
     if not site.num_heads:
@@ -168,7 +210,7 @@ def detach_gate(model: nn.Module, site: Site) -> None:
     for buffer in gone:
         holder._buffers.pop(buffer, None)
         holder._non_persistent_buffers_set.discard(buffer)
-    for flag in ("plasticity_padded", "plasticity_folded"):
+    for flag in ("plasticity_padded", "plasticity_folded", "plasticity_even"):
         holder.__dict__.pop(flag, None)
     if site.gate == "projection":
         _drop_hooks(_owner(model, site), (_look_for_adapters,))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PlasticityState', 'state_of', 'refuse_open_context', 'dormant_heads', 'ensure_state', 'adopt_state', 'gates_lifted',
            'projection_parts', 'rewrite_projections', 'put_to_sleep', 'revive_heads', 'restore_heads', 'advance_warmup',
-           'bank_on_disk', 'gate_heads']
+           'bank_on_disk', 'gate_heads', 'gates_swapped']
 
 # %% ../nbs/12_gates.ipynb #dbf51087
 import sys
@@ -337,7 +337,7 @@ def _zeroed_columns_back(model: nn.Module):
         for weight, columns, values in kept.values():
             weight[columns] = values
 
-# %% ../nbs/12_gates.ipynb #4348ff58
+# %% ../nbs/12_gates.ipynb #86ed3ac9
 def _close(model: nn.Module, open_before: int) -> None:
     model.__dict__.pop("plasticity_open")
     if open_before:
@@ -360,9 +360,24 @@ def gate_heads(
         model.__dict__["plasticity_open"] = model.__dict__.get("plasticity_open", 0) + 1
         undo.enter_context(uncompiled())
         undo.enter_context(_zeroed_columns_back(model))
+        layers = values.unbind(-2)  # one step of autograd for all of them
         for site in anatomy.sites:
             if not has_gate(model, site):
                 undo.callback(detach_gate, model, site)
                 attach_gate(model, site)
-            undo.callback(override_gate, model, site, override_gate(model, site, values[..., site.index, : site.num_heads]))
+            undo.callback(override_gate, model, site, override_gate(model, site, layers[site.index][..., : site.num_heads]))
         yield values
+
+# %% ../nbs/12_gates.ipynb #6657d3c8
+@contextmanager
+def gates_swapped(
+    model: nn.Module,  # inside `gate_heads`
+    anatomy: Anatomy,
+    gates: Tensor,  # float [L,H] or [B,L,H] on the model's device
+):
+    "Inside `gate_heads`, other gates for a while: batch after batch, nothing is attached anew, and nothing waits for a GPU to say that its numbers are finite."
+    layers = gates.unbind(-2)
+    with ExitStack() as undo:
+        for site in anatomy.sites:
+            undo.callback(override_gate, model, site, override_gate(model, site, layers[site.index][..., : site.num_heads]))
+        yield gates

@@ -5,14 +5,23 @@
 # %% auto #0
 __all__ = ['Gram']
 
-# %% ../nbs/14_grams.ipynb #370547b9
+# %% ../nbs/14_grams.ipynb #dfa079b8
+import math
+
 import torch
 from torch import Tensor
 
 from .errors import InvalidArgument
-from .together import summed
+from .together import processes, summed
 
-# %% ../nbs/14_grams.ipynb #daa60154
+# %% ../nbs/14_grams.ipynb #be736b76
+def _products(x: Tensor, y: Tensor, kind: torch.dtype) -> Tensor:
+    "xᵀy, summed in `kind`; rows [N,C] and [N,D]."
+    if x.is_cuda and x.dtype == y.dtype and x.dtype.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None:
+        return torch.mm(x.T, y, out_dtype=kind)  # products of half precision are exact in float32; tensor cores need no copy to sum them there
+    return x.to(kind).T @ y.to(kind)
+
+# %% ../nbs/14_grams.ipynb #7623c5d8
 class Gram:
     "Sums over rows of x yᵀ, x and y; with y = x, unless another one is given."
 
@@ -20,39 +29,45 @@ class Gram:
         self.products = torch.zeros(columns, others or columns, dtype=torch.float64)  # [C,D]; moves to the device of the first rows
         self.left = torch.zeros(columns, dtype=torch.float64)  # [C] sum of x
         self.right = torch.zeros(others or columns, dtype=torch.float64)  # [D] sum of y
-        self.rows = 0
+        self.rows: int | Tensor = 0  # a tensor on the device of the rows, once some of them did not count; a number in `total`
 
     def add(
         self,
         x: Tensor,  # [..., C]; all dimensions but the last count rows
         y: Tensor | None = None,  # [..., D], row by row; None: x
+        real: Tensor | None = None,  # bool [...]: the rows that count; None: all
     ) -> None:
-        "Take in more rows. Products are computed in float32 (float64 for float64 rows)."
-        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x = x.detach().flatten(0, -2).to(kind)
-        y = x if y is None else y.detach().flatten(0, -2).to(kind)
+        "Take in more rows. Products are summed in float32 (float64 for float64 rows)."
+        if real is not None:  # zeros add nothing; picking rows would hold up a GPU, which has to say how many there are
+            x, y = (rows if rows is None else rows.detach().masked_fill(~real[..., None], 0) for rows in (x, y))
+        x = x.detach().flatten(0, -2)
+        y = x if y is None else y.detach().flatten(0, -2)
         if x.shape != (len(y), len(self.left)) or y.shape[1] != len(self.right):
             raise InvalidArgument(f"rows of shape {tuple(x.shape)} and {tuple(y.shape)} were added to products of shape {tuple(self.products.shape)}; "
                                   "both must have as many rows, and the columns must fit")
         home = torch.device("cpu") if x.device.type == "mps" else x.device  # Apple's GPU has no float64
         self.products, self.left, self.right = (part.to(home) for part in (self.products, self.left, self.right))
-        self.products += (x.T @ y).to(home, torch.float64)
-        self.left += x.to(home, torch.float64).sum(0)
-        self.right += y.to(home, torch.float64).sum(0)
-        self.rows += len(x)
+        kind = torch.float64 if x.dtype == y.dtype == torch.float64 else torch.float32
+        self.products += _products(x, y, kind).to(home)
+        left = x.sum(0, dtype=kind).to(home)
+        self.left += left
+        self.right += left if y is x else y.sum(0, dtype=kind).to(home)
+        self.rows = self.rows + (len(x) if real is None else real.sum())
 
     def total(self, of: str = "a layer") -> "Gram":
         "The sums over all processes, on the CPU. Raises `InvalidArgument` if there was no row, or something that is not finite, in `of`."
-        whole = Gram(len(self.left), len(self.right))
-        size = len(self.left), len(self.right)
-        flat = torch.cat([part.cpu().flatten() for part in (self.products, self.left, self.right)] + [torch.tensor([self.rows], dtype=torch.float64)])
-        flat = summed(flat)  # one message for everything
-        if not flat[-1]:
+        parts = [self.products, self.left, self.right, torch.as_tensor(self.rows, dtype=torch.float64, device=self.products.device)]
+        if processes()[1] > 1:  # one message for everything
+            flat = summed(torch.cat([part.flatten() for part in parts]))
+            parts = [piece.view(part.shape) for piece, part in zip(flat.split([part.numel() for part in parts]), parts)]
+        products, left, right, rows = parts
+        count, check = torch.stack([rows, products.sum() + left.sum() + right.sum()]).tolist()  # the one time that a GPU is waited for
+        if not count:
             raise InvalidArgument(f"no row of {of} was seen on these batches; they may hold nothing but padding")
-        if not torch.isfinite(flat).all():
+        if not math.isfinite(check):
             raise InvalidArgument(f"{of} is NaN or infinite on these batches; look for them in the model's weights")
-        products, whole.left, whole.right, rows = flat.split([size[0] * size[1], *size, 1])
-        whole.products, whole.rows = products.view(size), int(rows)
+        whole = Gram(0)
+        whole.products, whole.left, whole.right, whole.rows = *(part.to("cpu", copy=True) for part in (products, left, right)), int(count)
         return whole
 
     def mean(self) -> Tensor:

@@ -7,8 +7,9 @@ __all__ = ['HeadScores', 'measure_heads', 'calculate_head_gradients', 'CRITERIA'
            'analyze_attention_patterns', 'collect_quantities', 'combined_unimportance', 'criteria_within', 'criterion',
            'heads_first', 'learn_gates', 'losses_when_closed', 'measure_entropy', 'surgeon_costs']
 
-# %% ../nbs/14_importance.ipynb #223e50b0
+# %% ../nbs/14_importance.ipynb #941ac11f
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +63,13 @@ def _summary(known: Criterion, found: Quantities) -> tuple[Tensor, Tensor, int]:
     errors = torch.full_like(values, float("nan")) if errors is None else errors
     return values.cpu().masked_fill(~found.exists, float("nan")), errors.cpu().masked_fill(~found.exists, float("nan")), samples
 
-# %% ../nbs/14_importance.ipynb #6c1578df
+# %% ../nbs/14_importance.ipynb #2307a869
 def measure_heads(
     model: nn.Module,
     dataloader,  # batches: dicts as the model takes them, with labels
     criteria=("taylor",),  # names from CRITERIA
     num_batches: int | None = None,
+    checkpointing: bool = False,  # less memory in the pass they share: layers keep only their inputs and run again on the way back, a third more time
 ) -> HeadScores:
     "Score maps `[L,H]`, higher = more important. All that can share a pass over the batches does; a criterion's `cost` says if it takes more."
     names = (criteria,) if isinstance(criteria, str) else tuple(criteria)
@@ -75,9 +77,10 @@ def measure_heads(
     if unknown or not names:
         raise InvalidArgument(f"unknown criteria {unknown}; there are {', '.join(CRITERIA)}")
     model = unwrap(model)
-    found = collect_quantities(model, dataloader, set().union(*(CRITERIA[name].needs for name in names)), num_batches)
+    found = collect_quantities(model, dataloader, set().union(*(CRITERIA[name].needs for name in names)), num_batches, checkpointing)
     scores, errors, samples = {}, {}, 0
-    with measuring(model), torch.no_grad():
+    runs = any("batches" in CRITERIA[name].needs for name in names)  # criteria that run the model themselves
+    with measuring(model) if runs else nullcontext(), torch.no_grad():
         for name in names:
             scores[name], errors[name], seen = _summary(CRITERIA[name], found)
             samples = max(samples, seen)

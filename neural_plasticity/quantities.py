@@ -6,10 +6,11 @@
 __all__ = ['QUANTITIES', 'Quantities', 'projected', 'whole', 'column_weights', 'ProjectionTap', 'real_rows', 'gated_rows',
            'row_squares', 'mean_over_rows', 'measuring', 'stacked', 'collect_quantities']
 
-# %% ../nbs/14_quantities.ipynb #f6686fbf
+# %% ../nbs/14_quantities.ipynb #8e427200
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site, columns_first
 from .errors import InvalidArgument, UnsupportedModel
-from .gates import gate_heads, projection_parts, state_of
+from .gates import gate_heads, gates_swapped, projection_parts, state_of
 from .grams import Gram
-from .patterns import EntropyTap, owners, samples_in
+from .lean import checkpointed, fused_activations
+from .patterns import AttentionTap, owners, samples_in
 from .probing import anatomy_of
 from .running import gradients_for, labelled, own_randomness, quiet, sample_losses, some_batches, to_device, uncompiled, unwrap
 from .taps import observe_attention, visible_attention
@@ -97,7 +99,7 @@ def column_weights(model: nn.Module, site: Site) -> Tensor:
                                "merge the adapter first (merge_and_unload), or use a criterion on gates, such as 'taylor'")
     return whole(projection_parts(model, site)["weight"].detach()).float()
 
-# %% ../nbs/14_quantities.ipynb #e8a9675c
+# %% ../nbs/14_quantities.ipynb #97a81e73
 class ProjectionTap:
     "Inputs (before gating) and outputs of the output projections in one forward pass, by layer; a list, as a layer may run several times."
 
@@ -107,11 +109,16 @@ class ProjectionTap:
         self.over = False
 
     @contextmanager
-    def watching(self, model: nn.Module, sites: list[Site], outputs: bool = False) -> Iterator["ProjectionTap"]:
-        "Hooks for as long as the context is open; only the first forward pass is looked at. `outputs`: keep them too, and let gradients reach them."
-        def look(layer, args):
-            if not self.over:
-                self.inputs.setdefault(layer, []).append(args[0].detach())
+    def watching(self, model: nn.Module, sites: list[Site], outputs: bool = False, seen: Callable[[Site, Tensor], None] | None = None) -> Iterator["ProjectionTap"]:
+        """Hooks for as long as the context is open; only the first forward pass is looked at. `outputs`: keep them too, and let gradients reach them.
+        `seen(site, inputs)` is called as soon as inputs are there; with it, none are kept."""
+        def look(site, args):
+            if self.over:
+                return
+            if seen:
+                seen(site, args[0].detach())
+            else:
+                self.inputs.setdefault(site.index, []).append(args[0].detach())
 
         def keep(layer, output):
             if not self.over:
@@ -124,7 +131,7 @@ class ProjectionTap:
         try:
             for site in sites:
                 projection = model.get_submodule(site.projection)
-                handles.append(projection.register_forward_pre_hook(lambda _, args, layer=site.index: look(layer, args), prepend=True))
+                handles.append(projection.register_forward_pre_hook(lambda _, args, site=site: look(site, args), prepend=True))
                 if outputs:
                     handles.append(projection.register_forward_hook(lambda _, __, output, layer=site.index: keep(layer, output)))
             yield self
@@ -132,121 +139,166 @@ class ProjectionTap:
             for handle in handles:
                 handle.remove()
 
-# %% ../nbs/14_quantities.ipynb #90f0203e
-def real_rows(rows: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-    "What a projection was given in one call, as [B,R,C], and which rows are no padding, bool [B,R]."
+# %% ../nbs/14_quantities.ipynb #2ce218db
+def real_rows(rows: Tensor, batch: dict) -> tuple[Tensor, Tensor | None]:
+    "What a projection was given in one call, as [B,R,C], and which rows are no padding, bool [B,R]; None: all are real."
     rows = rows.reshape(samples_in(batch), -1, rows.shape[-1])  # windows of a sample follow one another
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name)
         if mask is not None and tuple(mask.shape) == tuple(rows.shape[:2]):
-            return rows, mask.bool()
-    return rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+            return rows, mask.to(rows.device).bool()
+    return rows, None
 
 
-def gated_rows(tap: ProjectionTap, site: Site, gates: Tensor, batch: dict) -> Iterator[tuple[Tensor, Tensor]]:
-    "The rows [B,R,C] that each call of a site's projection has multiplied its weight with, in float32, and which of them are real."
+def _as_gated(inputs: Tensor, site: Site, gates: Tensor) -> Tensor:
+    "Inputs [...,C] times their heads' gates."
     column_gates = torch.where(site.columns.any(0), (gates[site.index, : site.num_heads, None] * site.columns).amax(0), 1.0)
+    return inputs * column_gates.to(inputs.device, inputs.dtype, non_blocking=inputs.is_cuda)
+
+
+def gated_rows(tap: ProjectionTap, site: Site, gates: Tensor, batch: dict) -> Iterator[tuple[Tensor, Tensor | None]]:
+    "The rows [B,R,C] that each call of a site's projection has multiplied its weight with, in float32, and which of them are real."
     for inputs in tap.inputs[site.index]:
-        rows, real = real_rows(inputs, batch)
-        yield rows.float() * column_gates.to(rows.device), real
+        rows, real = real_rows(_as_gated(inputs.float(), site, gates), batch)
+        yield rows, real
 
 
 def row_squares(rows: Tensor, heads: list[tuple[Tensor, Tensor]]) -> Tensor:
     "x_h B_h x_hᵀ of every row and head: rows [B,R,C], for every head its columns and a symmetric B [D,D] → [B,R,H]."
     squares = []
     for columns, block in heads:
-        own = rows[..., columns.to(rows.device)]
-        squares.append(((own @ block.to(rows.device)) * own).sum(-1))
+        own = rows[..., columns.to(rows.device, non_blocking=rows.is_cuda)]
+        squares.append(((own @ block.to(rows.device, non_blocking=rows.is_cuda)) * own).sum(-1))
     return torch.stack(squares, -1).clamp(min=0)
 
 
-def mean_over_rows(values: list[Tensor], real: list[Tensor]) -> Tensor:
+def mean_over_rows(values: list[Tensor], real: list[Tensor | None]) -> Tensor:
     "Each sample's mean [B,H] over the real rows of all calls; values [B,R,H] a call."
-    total = sum((value * mask[..., None]).sum(1) for value, mask in zip(values, real))
-    return total / sum(mask.sum(1) for mask in real).clamp(min=1)[:, None]
+    total = sum(value.sum(1) if mask is None else (value * mask[..., None]).sum(1) for value, mask in zip(values, real))
+    count = sum(torch.tensor(value.shape[1]) if mask is None else mask.sum(1) for value, mask in zip(values, real))
+    return total / (count.clamp(min=1)[:, None] if count.dim() else count)
 
-# %% ../nbs/14_quantities.ipynb #633d6cf9
+# %% ../nbs/14_quantities.ipynb #4013444b
 @contextmanager
 def measuring(model: nn.Module, weights=()):
-    "Evaluation mode, attention that can be seen, no compiled code, random numbers of its own, and gradients for none of the model's weights but these."
-    with own_randomness(), quiet(model), uncompiled(), visible_attention(model), gradients_for(model.parameters(), wanted=False), gradients_for(weights):
+    "Evaluation mode, attention that can be seen, no compiled code, random numbers of its own, fused activations, and gradients for none of the model's weights but these."
+    with own_randomness(), quiet(model), uncompiled(), visible_attention(model), fused_activations(model), gradients_for(model.parameters(), wanted=False), gradients_for(weights):
         yield
 
 
 def stacked(anatomy: Anatomy, values: dict[int, Tensor]) -> Tensor:
     "Values [...,H] of some layers as [...,L,H] on the CPU, NaN where there is no head."
-    shape = next(iter(values.values())).shape[:-1]
-    whole = torch.full((*shape, anatomy.num_layers, anatomy.num_heads), float("nan"))
+    first = next(iter(values.values()))
+    whole = torch.full((*first.shape[:-1], anatomy.num_layers, anatomy.num_heads), float("nan"), device=first.device)
     for layer, value in values.items():
-        whole[..., layer, : value.shape[-1]] = value.detach().float().cpu()
-    return whole
+        whole[..., layer, : value.shape[-1]] = value.detach()
+    return whole.cpu()
 
 
 def _column_norms(site: Site, weight: Tensor) -> Tensor:
     "[H]: L2 norm of each head's rows of a weight [C,out]."
-    return (site.columns.float() @ weight.detach().float().pow(2).sum(1).cpu()).sqrt()
+    return (site.columns.to(weight.device, torch.float32, non_blocking=weight.is_cuda) @ weight.detach().float().pow(2).sum(1)).sqrt()
 
+# %% ../nbs/14_quantities.ipynb #af6fb482
+class _Sums:
+    "What becomes of the output projections' inputs, batch after batch."
 
-def _contributions(model: nn.Module, site: Site, tap: ProjectionTap, gates: Tensor, batch: dict) -> Tensor:
-    "[B,H]: mean over tokens of ‖g·x_h W_h‖₂."
-    weight, columns = column_weights(model, site), [own.nonzero().flatten() for own in site.columns]
-    heads = [(own, weight[own.to(weight.device)] @ weight[own.to(weight.device)].T) for own in columns]
-    calls = [(row_squares(rows, heads).sqrt(), real) for rows, real in gated_rows(tap, site, gates, batch)]
-    return mean_over_rows(*zip(*calls))
+    def __init__(self, found: Quantities, needs: set[str]):
+        self.found, self.needs = found, needs
+        self.open = found.gates.eq(1).all(1).tolist()  # layers without a closed gate
+        self.heads: dict[int, list[tuple[Tensor, Tensor]]] = {}  # layer → for every head its columns and W_h W_hᵀ
 
-# %% ../nbs/14_quantities.ipynb #ef0d9591
-def _losses_and_gradients(model: nn.Module, found: Quantities, batch: dict, needs: set[str], sites: list[Site]):
-    "Forward, and backward if something needs it: each sample's tokens, the taps, and the gradients for gates [B,L,H], weights and outputs."
-    device = next(model.parameters()).device
-    gates = found.gates.repeat(samples_in(batch), 1, 1).to(device).requires_grad_("gate_gradients" in needs)
+    def start(self, batch: dict, counts: bool) -> None:
+        self.batch, self.counts, self.added = batch, counts, {}  # added: layer → ([B,R,H] a call, which rows are real)
+
+    def see(self, site: Site, inputs: Tensor) -> None:
+        gated = inputs if self.open[site.index] else _as_gated(inputs, site, self.found.gates)
+        rows, real = real_rows(gated, self.batch)
+        if "input_grams" in self.needs and self.counts:
+            self.found.input_grams[site.index].add(rows, real=real)
+        if "contributions" in self.needs:
+            norms, masks = self.added.setdefault(site.index, ([], []))
+            norms.append(row_squares(rows.float(), self._blocks(site)).sqrt())
+            masks.append(real)
+
+    def _blocks(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        if site.index not in self.heads:
+            weight = column_weights(self.found.model, site)
+            columns = [own.nonzero().flatten().to(weight.device) for own in site.columns]
+            self.heads[site.index] = [(own, weight[own] @ weight[own].T) for own in columns]
+        return self.heads[site.index]
+
+    def contributions(self) -> dict[int, Tensor]:
+        "layer → [B,H] mean over tokens of ‖g·x_h W_h‖₂"
+        return {layer: mean_over_rows(*calls) for layer, calls in self.added.items()}
+
+# %% ../nbs/14_quantities.ipynb #334a2f11
+def _losses_and_gradients(found: Quantities, batch: dict, needs: set[str], sites: list[Site], sums: _Sums, slim):
+    "Each sample's tokens, the taps, and the gradients for gates [B,L,H], weights and outputs."
+    model, samples = found.model, samples_in(batch)
+    weight = next(model.parameters())
+    gates = found.gates.to(weight.device, torch.promote_types(weight.dtype, torch.float32), non_blocking=True).repeat(samples, 1, 1).requires_grad_("gate_gradients" in needs)
     weights = [model.get_submodule(site.projection).weight for site in sites] if "weight_gradients" in needs else []
-    entropy, projections = EntropyTap(found.anatomy, samples_in(batch), batch.get("attention_mask"), normalize=True), ProjectionTap()
+    entropy, projections, forwards = AttentionTap(found.anatomy, samples, batch.get("attention_mask"), normalize=True), ProjectionTap(), []
     with ExitStack() as open_:
+        open_.callback(model.register_forward_hook(lambda *_: forwards.append(1)).remove)
         if "gate_gradients" in needs:
-            open_.enter_context(gate_heads(model, gates))
-        if "entropy" in needs:
-            open_.enter_context(observe_attention(model, entropy, owners(found.anatomy)))
+            open_.enter_context(gates_swapped(model, found.anatomy, gates))
+        if "entropy" in needs:  # layers that run again on the way back are not looked at
+            open_.enter_context(observe_attention(model, lambda call: None if forwards else entropy(call), owners(found.anatomy)))
         if needs & {"contributions", "input_grams", "output_gradients"}:
-            open_.enter_context(projections.watching(model, sites, outputs="output_gradients" in needs))
+            open_.enter_context(projections.watching(model, sites, outputs="output_gradients" in needs, seen=sums.see))
+        open_.enter_context(slim())
         losses, tokens = sample_losses(model, batch)
-        share = tokens / tokens.sum()
+        share = tokens / tokens.sum().clamp(min=1)
         outputs = [output for site in sites for output in projections.outputs.get(site.index, [])]
         asked = [gates] * ("gate_gradients" in needs) + weights + outputs
         # still inside: the columns of zeroed heads are only there while the gates are open
         gradients = list(torch.autograd.grad((losses * share).sum(), asked)) if asked else []
-    of_gates = gradients.pop(0) / share.detach().clamp(min=1e-12)[:, None, None] if "gate_gradients" in needs else None
-    return tokens, entropy, projections, of_gates, gradients[: len(weights)], gradients[len(weights) :]
+    of_gates = gradients.pop(0) / share.to(gates.device).clamp(min=1e-12)[:, None, None] if "gate_gradients" in needs else None
+    return tokens, entropy, of_gates, gradients[: len(weights)], zip([site for site in sites for _ in projections.outputs.get(site.index, [])], gradients[len(weights) :])
 
-# %% ../nbs/14_quantities.ipynb #563211ff
-def _measure_batch(model: nn.Module, found: Quantities, batch: dict, needs: set[str], sites: list[Site], counts: bool) -> dict[str, Tensor]:
-    "What one batch gives, by quantity; Gram matrices are summed in `found`, if the batch counts."
-    tokens, entropy, tap, of_gates, of_weights, of_outputs = _losses_and_gradients(model, found, batch, needs, sites)
-    values = {"tokens": tokens.cpu()[tokens.cpu() > 0]}
+# %% ../nbs/14_quantities.ipynb #4f6ca90c
+def _measure_batch(found: Quantities, batch: dict, needs: set[str], sites: list[Site], counts: bool, sums: _Sums, slim) -> dict[str, Any]:
+    "What one batch gives, by quantity, where it was computed; Gram matrices are summed in `found`, if the batch counts."
+    sums.start(batch, counts)
+    tokens, entropy, of_gates, of_weights, of_outputs = _losses_and_gradients(found, batch, needs, sites, sums, slim)
+    values = {"tokens": tokens}
     if of_gates is not None:
-        values["gate_gradients"] = of_gates.detach().cpu()[tokens.cpu() > 0]
+        values["gate_gradients"] = of_gates.detach()
     if of_weights:
-        rows = {site.index: _column_norms(site, columns_first(model.get_submodule(site.projection), value)) for site, value in zip(sites, of_weights)}
-        values["weight_gradients"] = stacked(found.anatomy, rows)[None]
+        values["weight_gradients"] = {site.index: _column_norms(site, columns_first(found.model.get_submodule(site.projection), value)) for site, value in zip(sites, of_weights)}
     if "entropy" in needs:
-        values["entropy"] = entropy.stacked(found.anatomy)
+        values["entropy"] = entropy
     if "contributions" in needs:
-        values["contributions"] = stacked(found.anatomy, {site.index: _contributions(model, site, tap, found.gates, batch) for site in sites})
-    deltas = iter(of_outputs)
-    for site in sites if counts else []:
-        for rows, real in gated_rows(tap, site, found.gates, batch) if "input_grams" in needs else []:
-            found.input_grams[site.index].add(rows[real])
-        for _ in tap.outputs.get(site.index, []):
-            rows, real = real_rows(next(deltas), batch)
-            rows = rows[real].float() * tokens.sum()  # of the summed losses, not of their mean
-            found.output_gradients[site.index].add(rows)
+        values["contributions"] = sums.contributions()
+    for site, gradient in of_outputs if counts else []:
+        rows, real = real_rows(gradient, batch)
+        found.output_gradients[site.index].add(rows.float() * tokens.sum().to(rows.device), real=real)  # of the summed losses, not of their mean
     return values
 
-# %% ../nbs/14_quantities.ipynb #82238d5b
+
+def _at_home(anatomy: Anatomy, values: dict[str, Any]) -> dict[str, Tensor]:
+    "The same on the CPU, samples without a label left out. This waits until everything has been computed."
+    tokens = values["tokens"].cpu()
+    home = {"tokens": tokens[tokens > 0]}
+    if "gate_gradients" in values:
+        home["gate_gradients"] = values["gate_gradients"].cpu()[tokens > 0]
+    if "weight_gradients" in values:
+        home["weight_gradients"] = stacked(anatomy, values["weight_gradients"])[None]
+    if "contributions" in values:
+        home["contributions"] = stacked(anatomy, values["contributions"])
+    if "entropy" in values:
+        home["entropy"] = values["entropy"].stacked(anatomy)["entropy"]
+    return home
+
+# %% ../nbs/14_quantities.ipynb #9c300536
 def collect_quantities(
     model: nn.Module,
     dataloader,  # batches: dicts as the model takes them, with labels
     needs,  # names from QUANTITIES
     num_batches: int | None = None,
+    checkpointing: bool = False,  # layers keep only their inputs and compute the rest once more on the way back: less memory, a third more time, the same numbers
 ) -> Quantities:
     "One pass over the batches that collects everything in `needs`. Modes, gradients and global random state are left as found."
     model, needs = unwrap(model), set(needs)
@@ -257,30 +309,40 @@ def collect_quantities(
         found.weight_norms = stacked(anatomy, {site.index: _column_norms(site, whole(projection_parts(model, site)["weight"])) for site in sites})
     if needs <= {"weight_norms"}:
         return found
-    for site in sites if needs & {"contributions", "input_grams", "output_gradients"} else []:
-        inputs, outputs = column_weights(model, site).shape  # complains at once
-        if "input_grams" in needs:
-            found.input_grams[site.index] = Gram(inputs)
-        if "output_gradients" in needs:
-            found.output_gradients[site.index] = Gram(outputs)
-    weights = [model.get_submodule(site.projection).weight for site in sites] if "weight_gradients" in needs else []
-    if any(hasattr(weight, "placements") for weight in weights):
-        raise UnsupportedModel("the weights of this model are sharded over processes (FSDP), so their gradients cannot be had here; use a criterion on gates, such as 'taylor'")
+    weights = _prepare(found, needs, sites)
     gradients = bool(needs & {"gate_gradients", "weight_gradients", "output_gradients"})
-    values = {}
-    with measuring(model, weights), torch.set_grad_enabled(gradients):
-        batches = (batch for batch in some_batches(dataloader, model, num_batches) if (labelled(batch)["labels"] != -100).any())
+    slim = partial(checkpointed, model, anatomy) if checkpointing and gradients else nullcontext
+    values, sums = {}, _Sums(found, needs)
+    gated = gate_heads(model, found.gates) if "gate_gradients" in needs else nullcontext()
+    with measuring(model, weights), gated, torch.set_grad_enabled(gradients):
+        batches = some_batches(dataloader, model, num_batches, wanted=lambda batch: bool((labelled(batch)["labels"] != -100).any()))
         if "batches" in needs:
             batches = found.batches = [to_device(batch, "cpu") for batch in batches]
         if needs - {"batches", "weight_norms"}:
             device = next(model.parameters()).device
             for place, batch, counts in shared_out(batches):
-                measured = _measure_batch(model, found, to_device(batch, device), needs, sites, counts)
+                measured = _measure_batch(found, to_device(batch, device), needs, sites, counts, sums, slim)
+                if "entropy" in needs and not values:
+                    measured["entropy"].stacked(anatomy)  # complains at once about attention that cannot be seen
                 values.update({place: measured} if counts else {})
-            _put_together(found, values)
+            _put_together(found, {place: _at_home(anatomy, measured) for place, measured in values.items()})
     if not (found.tokens or found.batches):
         raise InvalidArgument("no batch has a label other than -100, so there is nothing to measure; check labels and padding")
     return found
+
+# %% ../nbs/14_quantities.ipynb #c4873e7d
+def _prepare(found: Quantities, needs: set[str], sites: list[Site]) -> list[Tensor]:
+    "Empty Gram matrices, and the weights that shall receive gradients; complains at once about what cannot be had."
+    for site in sites if needs & {"contributions", "input_grams", "output_gradients"} else []:
+        inputs, outputs = column_weights(found.model, site).shape
+        if "input_grams" in needs:
+            found.input_grams[site.index] = Gram(inputs)
+        if "output_gradients" in needs:
+            found.output_gradients[site.index] = Gram(outputs)
+    weights = [found.model.get_submodule(site.projection).weight for site in sites] if "weight_gradients" in needs else []
+    if any(hasattr(weight, "placements") for weight in weights):
+        raise UnsupportedModel("the weights of this model are sharded over processes (FSDP), so their gradients cannot be had here; use a criterion on gates, such as 'taylor'")
+    return weights
 
 # %% ../nbs/14_quantities.ipynb #2441285a
 def _put_together(found: Quantities, values: dict[int, dict[str, Tensor]]) -> None:

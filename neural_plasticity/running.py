@@ -6,12 +6,14 @@
 __all__ = ['unwrap', 'to_device', 'some_batches', 'labelled', 'quiet', 'placed', 'own_randomness', 'gradients_for', 'uncompiled',
            'sample_losses']
 
-# %% ../nbs/03_running.ipynb #7e7be5d7
+# %% ../nbs/03_running.ipynb #082607bb
+import inspect
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import islice
 from weakref import WeakKeyDictionary
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InvalidArgument, UnsupportedModel, WrongType
+from .losses import token_losses
 
 # %% ../nbs/03_running.ipynb #ef778a64
 def unwrap(model: nn.Module) -> nn.Module:
@@ -35,16 +38,18 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             return model
 
-# %% ../nbs/03_running.ipynb #57670ce8
+# %% ../nbs/03_running.ipynb #3996c9a4
 def to_device(batch: Mapping, device) -> dict:
-    "The batch with all its tensors on the device."
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    "The batch with all its tensors on the device. To a CUDA device they go without holding up the work there."
+    ahead = torch.device(device).type == "cuda"
+    return {name: value.to(device, non_blocking=ahead and value.device.type == "cpu") if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def some_batches(
     dataloader,  # anything that yields dicts of tensors
     model: nn.Module,  # batches go to its device
     num_batches: int | None = None,  # at most this many; None: all
+    wanted: Callable[[Mapping], bool] | None = None,  # which of them to hand out, asked where the batch lies; None: all
 ) -> Iterator[dict]:
     "The batches to work on. Raises if there is none, or if they are no dicts."
     if num_batches is not None and (isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1):
@@ -59,7 +64,8 @@ def some_batches(
         empty = [name for name, value in batch.items() if isinstance(value, Tensor) and value.is_meta and device.type != "meta"]
         if empty:
             raise InvalidArgument(f"{empty} of the batch are on the meta device, that is, without numbers; give tensors that hold some")
-        yield to_device(batch, device)
+        if wanted is None or wanted(batch):
+            yield to_device(batch, device)
     if count == 0:
         raise InvalidArgument("the dataloader is empty: it yielded no batch. An iterator can be used up; give a DataLoader or a list")
 
@@ -71,17 +77,19 @@ def labelled(batch: Mapping) -> Mapping:
                               "labels = input_ids.masked_fill(attention_mask == 0, -100)")
     return batch
 
-# %% ../nbs/03_running.ipynb #4da776e1
+# %% ../nbs/03_running.ipynb #41304ac9
 @contextmanager
 def quiet(model: nn.Module):
     "Every module in evaluation mode; each one's own mode comes back afterwards."
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 # %% ../nbs/03_running.ipynb #255b16e6
 @contextmanager
@@ -113,35 +121,47 @@ def own_randomness(seed: int | None = None):
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
-# %% ../nbs/03_running.ipynb #f0c2b2ed
+# %% ../nbs/03_running.ipynb #40d72475
 @contextmanager
 def gradients_for(parameters, wanted: bool = True):
     "These parameters receive gradients while the context is open, frozen or not; with `wanted=False`, none of them does."
-    parameters = list(parameters)
-    flags = [parameter.requires_grad for parameter in parameters]
+    changed = [parameter for parameter in parameters if parameter.requires_grad != wanted]
     try:
-        for parameter in parameters:
+        for parameter in changed:
             parameter.requires_grad_(wanted)
         yield
     finally:
-        for parameter, flag in zip(parameters, flags):
-            parameter.requires_grad_(flag)
+        for parameter in changed:
+            parameter.requires_grad_(not wanted)
 
 # %% ../nbs/03_running.ipynb #5093516e
 def uncompiled():
     "A context in which compiled models run as ordinary Python, so that hooks are seen. Costs nothing if nothing was ever compiled."
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
-# %% ../nbs/03_running.ipynb #b2a72832
+# %% ../nbs/03_running.ipynb #89e1afd8
 _shifted: WeakKeyDictionary = WeakKeyDictionary()  # model → whether its labels are shifted by one
 
 
 def _sequence_losses(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
-    tokens = (labels != -100).sum(1)
-    return losses.sum(1) / tokens.clamp(min=1), tokens
+    if shift:  # the labels, not the logits: a part of the logits would have to be copied, and its gradient put back
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    losses = token_losses(logits, labels).sum(1)
+    tokens = (labels != -100).sum(1).to(losses.device)
+    return losses / tokens.clamp(min=1), tokens
+
+
+@cache
+def _takes_cache(kind: type) -> bool:
+    "Whether models of this class can be told to keep no keys and values for later."
+    return "use_cache" in inspect.signature(kind.forward).parameters
+
+
+def _without_cache(model: nn.Module, batch: Mapping) -> dict:
+    """What to add to a batch so that the model keeps no keys and values, of which it would make copies: nobody goes on from here.
+    Given positions say where a new text begins, to some models only without a cache; then it is left to the model."""
+    packed = batch.get("position_ids") is not None and batch.get("attention_mask") is None
+    return {"use_cache": False} if _takes_cache(type(unwrap(model))) and "use_cache" not in batch and not packed else {}
 
 
 @torch.no_grad()
@@ -152,13 +172,13 @@ def _find_shift(model: nn.Module, batch: Mapping, logits: Tensor, loss: Tensor) 
     only_first = torch.full_like(batch["labels"], -100)
     only_first[:, 0] = logits[:, 0].argmin(-1)
     with quiet(model):
-        seen = float(model(**{**batch, "labels": only_first}).loss)
+        seen = float(model(**{**batch, "labels": only_first}, **_without_cache(model, batch)).loss)
     shift = not seen > 0  # NaN, the mean over nothing, counts as unseen
     losses, tokens = _sequence_losses(logits, batch["labels"], shift)
     mean = float((losses * tokens).sum() / tokens.sum())
     return shift if math.isclose(mean, float(loss), rel_tol=2e-2 if logits.dtype.itemsize < 4 else 1e-4) else None
 
-# %% ../nbs/03_running.ipynb #2c115afd
+# %% ../nbs/03_running.ipynb #d5fe71c5
 def sample_losses(
     model: nn.Module,
     batch: Mapping,  # with labels: [B,T] (-100 = not counted) or [B] for classification
@@ -166,10 +186,8 @@ def sample_losses(
     "Cross-entropy of every sample of a batch. A sample without labels has loss 0 and count 0."
     labels = labelled(batch)["labels"]
     inner = unwrap(model)
-    if inner in _shifted and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})  # its own loss is not needed
-    else:
-        outputs = model(**batch)
+    own_loss = inner not in _shifted or getattr(getattr(inner, "config", None), "is_encoder_decoder", False)  # these make their inputs of the labels
+    outputs = model(**{name: value for name, value in batch.items() if own_loss or name != "labels"}, **_without_cache(model, batch))
     logits = outputs.logits
     if labels.dim() == 1 and logits.dim() == 2:
         return F.cross_entropy(logits.float(), labels, reduction="none"), (labels != -100).long()
