@@ -49,7 +49,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from neural_plasticity import criterion, measure_heads
+from neural_plasticity import measure_heads
 from neural_plasticity.importance import collect_quantities
 from neural_plasticity.loss_kernels import working
 
@@ -112,12 +112,6 @@ def batch_for(size, device):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def signed_taylor(found):
-    "How much the loss of a sample rises to first order if the head is closed: taylor with its sign."
-    return -found.gates * found.per_sample("gate_gradients")
-
-
-criterion("signed_taylor", needs="gate_gradients", formula="mean over samples of −g·∂L/∂g")(signed_taylor)
 FOUR = ("taylor", "signed_taylor", "fisher", "gradient")
 
 

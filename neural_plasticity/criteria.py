@@ -64,10 +64,15 @@ def criteria_within(passes: float) -> list[str]:
     "The criteria that cost at most so many forward passes over the batches, whatever the model: what a slider can afford."
     return [name for name, known in CRITERIA.items() if not isinstance(known.cost, str) and known.cost <= passes]
 
-# %% ../nbs/14_criteria.ipynb #1e31c981
+# %% ../nbs/14_criteria.ipynb #ac05002b
 @criterion("taylor", needs="gate_gradients", formula="mean over samples of |g·∂L/∂g|", source="Michel et al. 2019, arXiv:1905.10650, eq. 2")
 def _taylor(found: Quantities) -> Tensor:
     return (found.gates * found.per_sample("gate_gradients")).abs()
+
+
+@criterion("signed_taylor", needs="gate_gradients", formula="mean over samples of −g·∂L/∂g, the rise of the loss to first order", source="the first term of LeCun et al. 1990, equation 2")
+def _signed_taylor(found: Quantities) -> Tensor:
+    return -found.gates * found.per_sample("gate_gradients")
 
 
 @criterion("taylor_per_layer", needs="gate_gradients", formula="taylor, divided by the L2 norm of the layer's scores",

@@ -17,7 +17,7 @@ from .budgets import Rules, one_each, pick_heads
 from .errors import InvalidArgument
 from .importance import CRITERIA, combined_unimportance
 
-# %% ../nbs/23_masks.ipynb #a46efcbf
+# %% ../nbs/23_masks.ipynb #dfd99542
 class PruningStrategy(str, Enum):
     "How heads are chosen."
     GRADIENT = "gradient"  # lowest gradient norm
@@ -25,6 +25,7 @@ class PruningStrategy(str, Enum):
     COMBINED = "combined"  # 0.6 entropy, 0.4 gradient
     RANDOM = "random"  # the baseline
     TAYLOR = "taylor"  # lowest |g·∂L/∂g| (Michel et al. 2019)
+    SIGNED_TAYLOR = "signed_taylor"  # lowest expected rise of the loss, to first order
     TAYLOR_PER_LAYER = "taylor_per_layer"  # the same, relative to the layer
     FISHER = "fisher"  # lowest expected rise of the loss, to second order
     BRAIN_SURGEON = "brain_surgeon"  # least left over after compensation

@@ -198,7 +198,7 @@ def _look(model: nn.Module, example: dict) -> tuple[list[Site], list[tuple[str, 
         sites, skipped = _sites(model, recording, example, parameters)
         return (sites, skipped) if sites or recording.calls or recording.hidden else (_sites_by_blocks(model, recording, parameters), skipped)
 
-# %% ../nbs/11_probing.ipynb #14527c70
+# %% ../nbs/11_probing.ipynb #eb4c08ea
 def probe(
     model: nn.Module,
     example: dict | None = None,  # an input as the model's forward takes it; made from the config if not given
@@ -207,8 +207,10 @@ def probe(
     model = unwrap(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModel(f"{type(model).__name__} has weights on the meta device, that is, none; load them first")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModel(f"{type(model).__name__} was made under torch.inference_mode(), and such weights can have no gradients; make it outside, under torch.no_grad() if need be")
     example = example_inputs(model) if example is None else {k: v for k, v in example.items() if k != "labels"}
-    with quiet(model), uncompiled(), visible_attention(model), own_randomness(0), caches_restored(model), torch.inference_mode(False), torch.enable_grad():
+    with quiet(model), uncompiled(), visible_attention(model), own_randomness(0), caches_restored(model), torch.enable_grad():
         sites, skipped = _look(model, example)
     if not sites:
         seen = "; ".join(f"{name}: {why}" for name, why in skipped) or "no attention call was seen"

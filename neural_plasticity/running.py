@@ -77,15 +77,19 @@ def labelled(batch: Mapping) -> Mapping:
                               "labels = input_ids.masked_fill(attention_mask == 0, -100)")
     return batch
 
-# %% ../nbs/03_running.ipynb #41304ac9
+# %% ../nbs/03_running.ipynb #73980c3e
 @contextmanager
 def quiet(model: nn.Module):
-    "Every module in evaluation mode; each one's own mode comes back afterwards."
+    "Every module in evaluation mode, and no inference mode around it; each one's own mode comes back afterwards."
     modes = {module: module.training for module in model.modules()}
     if any(modes.values()):
         model.eval()
     try:
-        yield
+        if torch.is_inference_mode_enabled():  # what is made in there can have no gradients, not even for a measurement
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        else:
+            yield
     finally:
         for module, mode in modes.items():
             if module.training != mode:

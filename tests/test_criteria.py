@@ -68,10 +68,11 @@ def agree(scores, name, expected, rtol=1e-3, atol=1e-6):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fisher_and_taylor_per_layer_equal_a_loop(name):
+def test_fisher_and_both_kin_of_taylor_equal_a_loop(name):
     model = build(name)
     slopes, labels = slopes_and_labels(model, uneven(model))
-    scores = measure_heads(model, uneven(model), ("fisher", "taylor_per_layer"))
+    scores = measure_heads(model, uneven(model), ("fisher", "taylor_per_layer", "signed_taylor"))
+    agree(scores, "signed_taylor", -slopes)
     variance = slopes.var(0)  # unbiased
     curvature = labels * (slopes - slopes.mean(0)) ** 2 * len(slopes) / (len(slopes) - 1)
     agree(scores, "fisher", -slopes + curvature / 2)

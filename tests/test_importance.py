@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from models import HEADS, LAYERS, RANDOM, batches, build, inputs, padded, weights
 
+from neural_plasticity.errors import UnsupportedModel
 from neural_plasticity.gates import gate_heads, put_to_sleep
 from neural_plasticity.importance import CRITERIA, analyze_attention_patterns, calculate_head_gradients, criterion, measure_entropy, measure_heads
 from neural_plasticity.probing import anatomy_of
@@ -184,3 +185,15 @@ def test_frozen_half_precision_and_training_models_can_be_measured():
         assert torch.corrcoef(torch.stack([scores[name].flatten(), reference[name].flatten()]))[0, 1] > 0.98
     assert model.training and not any(p.requires_grad for p in model.parameters())
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_measuring_under_inference_mode():
+    model = build("gpt2")
+    data = batches(model, 2)
+    expected = measure_heads(model, data, ("taylor", "entropy"))
+    with torch.inference_mode():
+        found = measure_heads(model, data, ("taylor", "entropy"))
+        made_there = build("gpt2").__class__(model.config)
+        with pytest.raises(UnsupportedModel, match="made under torch.inference_mode"):
+            measure_heads(made_there, data)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
