@@ -119,7 +119,7 @@ def measuring_seconds(device) -> float:
     return statistics.median(found[1:])
 
 
-def overhead(device, pairs: int = 3) -> dict:
+def overhead(device, pairs: int = 7) -> dict:
     "What the callback costs in steps in which nothing happens."
     quiet = PlasticitySchedule(regrow_every=10**6)
     plain, ours = [], []

@@ -115,7 +115,8 @@ def make_config(architecture, dropout=0.0):
     common = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True)
     if architecture == "gpt2":
         drops = dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
-        return GPT2Config(n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=8, **drops, **common)
+        # the function that GPT-2 has always had, in one kernel; the shipped weights were trained with its slower twin, gelu_new
+        return GPT2Config(n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=8, activation_function="gelu_pytorch_tanh", **drops, **common)
     return LlamaConfig(
         max_position_embeddings=CONTEXT,
         hidden_size=256,

@@ -125,7 +125,7 @@ def _prune(arm: Arm, heads: list) -> dict:
         apply_pruning_mask(model, heads, "remove")
     return {"pruned_heads": pruned_heads, "pruned": pruned, "compensated": compensated}
 
-# %% ../nbs/50_arms.ipynb #be54d09d
+# %% ../nbs/50_arms.ipynb #376670b0
 class _Notes:
     "The lines of a training, also of one that goes on from a checkpoint: no line is missing, none is there twice."
 
@@ -153,8 +153,8 @@ class _Notes:
         return [{**event, "step": event["step"] + self.before} for event in self.events]
 
 
-def _recover(arm: Arm, cycle: int, pruned_heads: list) -> dict:
-    "Train; dormant heads that the loss asks for come back on the way."
+def _recover(arm: Arm, cycle: int, pruned_heads: list, at_first: dict | None) -> dict:
+    "Train; dormant heads that the loss asks for come back on the way. `at_first`: what is known of the model before."
     config, prepared, notes = arm.config, arm.prepared, _Notes(arm, cycle)
     regrows = config.regrow_every and pruned_heads and config.mode != "remove"
     learns = config.distill if pruned_heads else None  # the control has nobody to learn from but itself
@@ -163,27 +163,28 @@ def _recover(arm: Arm, cycle: int, pruned_heads: list) -> dict:
         history = train_with_plasticity(
             arm.model, prepared.in_order(cycle), prepared.validation, [] if config.mode == "remove" else pruned_heads, learning_rate=config.learning_rate, training_steps=config.training_steps,
             eval_interval=config.eval_interval, callback=notes, schedule=PlasticitySchedule(regrow_every=config.regrow_every) if regrows else None, regrow_dataloader=prepared.selection,
-            progress=arm.progress, events=notes.events, distill=learns, teacher=prepared.model if learns and config.mode == "remove" else None,
+            at_first=at_first, progress=arm.progress, events=notes.events, distill=learns, teacher=prepared.model if learns and config.mode == "remove" else None,
             **(dict(checkpoint_folder=place, checkpoint_every=every) if 0 < every < config.training_steps else {}))
     notes.end()
     history["step"] = [step + notes.before for step in history["step"]]
     return {"history": history, "events": notes.all_events()}
 
-# %% ../nbs/50_arms.ipynb #ec0ba343
+# %% ../nbs/50_arms.ipynb #615c81ed
 def _heads(pairs) -> list[tuple[int, int]]:
     return [(layer, head) for layer, head in pairs]
 
 
-def _cycle(arm: Arm, cycle: int, level: float, ever: list) -> dict:
-    "One cycle; `ever` are the heads that were pruned before it."
+def _cycle(arm: Arm, cycle: int, level: float, ever: list, now: dict, known: dict | None) -> dict:
+    "One cycle; `ever` are the heads that were pruned before it, `now` are the metrics of the model, `known` is what has been measured of this very model."
     if arm.name == "control":
-        recovered = arm.change("recover", cycle, lambda: _recover(arm, cycle, []))
+        recovered = arm.change("recover", cycle, lambda: _recover(arm, cycle, [], now))
         return {"pruned": None, "compensated": None, "pruned_heads": [], "events": _events(recovered), "history": recovered["history"]}
-    measured = arm.phase("measure", cycle, lambda: _measure(arm))
+    measured = arm.phase("measure", cycle, lambda: {name: known[name] for name in ("gradient", "entropy")} if known else _measure(arm))
     chosen = arm.phase("choose", cycle, lambda: _choose(arm, level))
     pruned = arm.change("prune", cycle, lambda: _prune(arm, chosen["heads"]))
     heads = _heads(pruned["pruned_heads"])
-    recovered = arm.change("recover", cycle, lambda: _recover(arm, cycle, list(dict.fromkeys(ever + heads))))
+    now = None if arm.config.mode == "remove" else pruned["compensated"] or pruned["pruned"]  # a model that was cut is another one
+    recovered = arm.change("recover", cycle, lambda: _recover(arm, cycle, list(dict.fromkeys(ever + heads)), now))
     begin = {"step": (cycle - 1) * arm.config.training_steps, "phase": "prune", "pruned_heads": heads}
     return {"measured": measured, "pruned": pruned["pruned"], "compensated": pruned["compensated"], "pruned_heads": heads, "events": [begin, *_events(recovered)], "history": recovered["history"]}
 
@@ -191,19 +192,20 @@ def _cycle(arm: Arm, cycle: int, level: float, ever: list) -> dict:
 def _events(recovered: dict) -> list[dict]:
     return [{name: _heads(value) if name.endswith("_heads") else value for name, value in event.items()} for event in recovered["events"]]
 
-# %% ../nbs/50_arms.ipynb #8550ab33
+# %% ../nbs/50_arms.ipynb #29eb445a
 def run_arm(
     arm: Arm,
     baseline: dict,  # loss, perplexity and tokens of the model before anything was done
+    measured: dict | None = None,  # gradient and entropy of its heads, if an arm before has measured them: `cycles[0]["measured"]`
 ) -> dict:
     "All cycles of an arm. Returns what `run_plasticity_loop` does, lists over all cycles; of measurements the first, of metrics after pruning the last. `cycles` has them all."
-    config, cycles, ever = arm.config, [], []
+    config, cycles, ever, final = arm.config, [], [], baseline
     for number, level in enumerate(levels_of(config), 1):
-        cycles.append(_cycle(arm, number, level, ever))
-        ever = list(dict.fromkeys(ever + cycles[-1]["pruned_heads"]))
+        cycles.append(_cycle(arm, number, level, ever, final, None if cycles else measured))
+        ever, recovery = list(dict.fromkeys(ever + cycles[-1]["pruned_heads"])), cycles[-1]["history"]
+        final = {"loss": recovery["eval_loss"][-1], "perplexity": recovery["perplexity"][-1], "tokens": baseline["tokens"]}
     history = {name: [value for cycle in cycles for value in cycle["history"][name]] for name in cycles[0]["history"]}
     last, events = cycles[-1], [event for cycle in cycles for event in cycle["events"]]
-    final = {"loss": history["eval_loss"][-1], "perplexity": history["perplexity"][-1], "tokens": baseline["tokens"]}
     found = {"baseline_metrics": baseline, "training_metrics": history, "final_metrics": final, "events": events, "pruned_heads": ever, "cycles": cycles,
              "revived_heads": [head for event in events for head in event.get("revived_heads", ())]}
     if arm.name != "control":

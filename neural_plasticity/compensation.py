@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['projection_inputs', 'dense_again', 'DenseInputs', 'CompensationReport', 'compensate_heads']
 
-# %% ../nbs/20_compensation.ipynb #b4aad532
+# %% ../nbs/20_compensation.ipynb #dc2c90b4
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from .least_squares import Compensation, InputSums
 from .probing import anatomy_of
 from .running import own_randomness, quiet, some_batches, uncompiled, unwrap
 from .together import shared_out
+from .unchanged_blocks import UnchangedBlocks
 
 # %% ../nbs/20_compensation.ipynb #0fa296c1
 class _Seen(Exception):
@@ -155,13 +156,25 @@ def _refuse_odd_projections(model: nn.Module, anatomy: Anatomy, dormant: Tensor)
             if obstacle:
                 raise UnsupportedModel(f"layer {site.index} cannot be compensated: {obstacle}")
 
-# %% ../nbs/20_compensation.ipynb #36de23be
-def _statistics(model: nn.Module, site: Site, dense: DenseInputs, sites: list[Site], original: dict[str, Tensor]) -> dict:
+# %% ../nbs/20_compensation.ipynb #5db757fe
+def _pruned_inputs(model: nn.Module, site: Site, place: int, batch: dict, calls: int, unchanged: UnchangedBlocks, check: bool) -> list[Tensor]:
+    "What a projection reads in the pruned model, call by call."
+    with unchanged.passing(place, site) as left_out:
+        inputs = projection_inputs(model, [site], batch, calls)[site.index]
+    if not (check and left_out):
+        return inputs
+    whole = projection_inputs(model, [site], batch, calls)[site.index]
+    if len(whole) != len(inputs) or not all(map(torch.equal, whole, inputs)):
+        unchanged.give_up()
+    return whole
+
+
+def _statistics(model: nn.Module, site: Site, dense: DenseInputs, sites: list[Site], original: dict[str, Tensor], unchanged: UnchangedBlocks) -> dict:
     "Means over all tokens of all processes; one batch is held at a time."
-    sums = InputSums(len(original["weight"]))
+    sums, check = InputSums(len(original["weight"])), True
     for place, batch, counts in shared_out(dense.batches):
         there = dense.read(place, batch, site, sites)
-        here = projection_inputs(model, [site], batch, len(there))[site.index]
+        here, check = _pruned_inputs(model, site, place, batch, len(there), unchanged, check), False
         if [rows.shape for rows in here] != [rows.shape for rows in there]:
             raise UnsupportedModel(f"{site.projection} reads other positions in the pruned model than in the dense one, so its inputs cannot be compared")
         if any(rows.shape[-1] != len(original["weight"]) for rows in here):
@@ -172,11 +185,11 @@ def _statistics(model: nn.Module, site: Site, dense: DenseInputs, sites: list[Si
     return sums.statistics(original, f"the input of {site.projection}")
 
 
-def _compensate_layer(model: nn.Module, state: PlasticityState, site: Site, dense: DenseInputs, sites: list[Site], ridge: float) -> tuple[float, float]:
+def _compensate_layer(model: nn.Module, state: PlasticityState, site: Site, dense: DenseInputs, sites: list[Site], ridge: float, unchanged: UnchangedBlocks) -> tuple[float, float]:
     "Solve one layer; returns the share of its output error that is undone, and the condition number."
     asleep = state.dormant[site.index, : site.num_heads]
     original = state.original.get(site.index) or {name: part.detach().cpu().clone() for name, part in projection_parts(model, site).items()}
-    found = _statistics(model, site, dense, sites, original)
+    found = _statistics(model, site, dense, sites, original, unchanged)
     solution = Compensation(site.columns, asleep=asleep.clone(), ridge=ridge, mixed=site.gate != "projection", **found)
     condition = solution.condition(original, asleep)  # refuses what cannot be relied on, before it is used
     state.compensation[site.index] = solution
@@ -206,7 +219,7 @@ def _dense_inputs(model: nn.Module, dataloader, num_batches, max_bytes: int) -> 
         raise InvalidArgument("num_batches was settled when the DenseInputs were made; leave it out here")
     return dataloader
 
-# %% ../nbs/20_compensation.ipynb #f127ce81
+# %% ../nbs/20_compensation.ipynb #29990e20
 @torch.no_grad()
 def compensate_heads(
     model: nn.Module,
@@ -239,9 +252,10 @@ def _compensate(model: nn.Module, dense: DenseInputs, mask, ridge: float, keep_a
     state, undone, condition = state_of(model), {}, {}
     todo = [site for site in state.anatomy.sites if state.dormant[site.index].any()]
     sites = [site for site in state.anatomy.sites if not _obstacle(model, site)] if keep_all else todo
+    unchanged = UnchangedBlocks(model, state.anatomy.sites, dense.max_bytes)
     try:
         for site in todo:
-            undone[site.index], condition[site.index] = _compensate_layer(model, state, site, dense, sites, ridge)
+            undone[site.index], condition[site.index] = _compensate_layer(model, state, site, dense, sites, ridge, unchanged)
     except PlasticityError:
         state.compensation = earlier
         restore_heads(model, fresh) if fresh else rewrite_projections(model)

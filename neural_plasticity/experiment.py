@@ -120,7 +120,7 @@ def resume_experiment(folder: str | Path, progress: bool = True) -> ExperimentRe
     "Go on with a run that was killed, as it was configured; a run that is over is read. Raises `StorageError` if no run was begun there."
     return run_experiment(resume=folder, progress=progress)
 
-# %% ../nbs/50_experiment.ipynb #d5414d98
+# %% ../nbs/50_experiment.ipynb #67276bde
 def _run(folder: RunFolder, source: _Source, progress: bool, prompt: str) -> ExperimentResult:
     "All phases of a run, in order; those that are in the record are read."
     config, chosen, found = folder.config, None, {}
@@ -128,7 +128,7 @@ def _run(folder: RunFolder, source: _Source, progress: bool, prompt: str) -> Exp
     baseline, table, removal = {name: before[name] for name in ("loss", "perplexity", "tokens")}, [before], ""
     for name in ("chosen", "random", "control") if config.control else ("chosen",):
         arm = Arm(name, lambda: source.prepared, folder, progress)
-        found[name] = run_arm(arm, baseline)
+        found[name] = run_arm(arm, baseline, found["chosen"]["cycles"][0]["measured"] if found else None)
         if name == "chosen":
             chosen, removal = arm, cut_dormant(arm)
             if config.keep_model:

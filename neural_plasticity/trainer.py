@@ -52,7 +52,7 @@ def _as_dataloader(batches) -> DataLoader:
         return DataLoader(batches.dataset, batch_size=1, sampler=batches.sampler, collate_fn=_only, num_workers=batches.num_workers)
     return batches
 
-# %% ../nbs/31_trainer.ipynb #d8af996e
+# %% ../nbs/31_trainer.ipynb #1f468dc6
 def quiet_arguments(
     model: nn.Module,
     folder,
@@ -63,10 +63,11 @@ def quiet_arguments(
     "Quiet defaults: nothing is logged elsewhere or evaluated by itself, and the model stays on its device."
     if not learning_rate > 0:
         raise InvalidArgument(f"learning_rate is {learning_rate!r}; it must be above 0")
+    device = next(model.parameters()).device.type
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=max_steps, learning_rate=learning_rate, use_cpu=next(model.parameters()).device.type == "cpu",
+        output_dir=str(folder), max_steps=max_steps, learning_rate=learning_rate, use_cpu=device == "cpu",
         save_strategy="steps" if save_steps else "no", save_steps=save_steps or 500, eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="linear",
-        dataloader_pin_memory=False, remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda", accelerator_config={"non_blocking": device == "cuda"}, remove_unused_columns=False,  # the next batch travels while this one is computed
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would replicate modules without their gates
     return arguments

@@ -36,15 +36,15 @@ from .trainer import PlasticityCallback, PlasticityTrainer, quiet_arguments
 
 _all_ = ["PlasticityCallback", "PlasticityTrainer", "get_plasticity_optimizer"]
 
-# %% ../nbs/31_training.ipynb #080cd5ee
+# %% ../nbs/31_training.ipynb #eb374dc3
 HISTORY_KEYS = ("step", "train_loss", "eval_loss", "perplexity", "learning_rate", "active_heads", "pruned_heads", "revived_heads")
 
 
 class _Recorder(TrainerCallback):
     "Evaluates every so many steps, writes the history, shows a progress bar."
 
-    def __init__(self, trainer: PlasticityTrainer, eval_dataloader, interval: int, max_eval_steps, callback, progress: bool):
-        self.trainer, self.eval_dataloader, self.interval, self.max_eval_steps = trainer, eval_dataloader, interval, max_eval_steps
+    def __init__(self, trainer: PlasticityTrainer, eval_dataloader, interval: int, max_eval_steps, callback, progress: bool, at_first: dict | None = None):
+        self.trainer, self.eval_dataloader, self.interval, self.max_eval_steps, self.at_first = trainer, eval_dataloader, interval, max_eval_steps, at_first
         self.callback, self.progress, self.bar = callback, progress, None
         self.history = {key: [] for key in HISTORY_KEYS}
         trainer.recent_losses = []
@@ -53,7 +53,8 @@ class _Recorder(TrainerCallback):
         "One entry; False if the user's callback wants to stop."
         losses, self.trainer.recent_losses = self.trainer.recent_losses, []
         loss = float(summed(torch.stack(losses).mean()) / processes()[1]) if losses else math.nan
-        metrics = evaluate_together(model, self.eval_dataloader, self.max_eval_steps)
+        known = self.at_first if state.global_step == 0 else None
+        metrics = known or evaluate_together(model, self.eval_dataloader, self.max_eval_steps)
         dormant, heads = len(dormant_heads(model)), len(anatomy_of(model).heads)
         entry = dict(step=state.global_step, train_loss=loss, eval_loss=metrics["loss"],
                      perplexity=metrics["perplexity"], learning_rate=lr_scheduler.get_last_lr()[0], active_heads=heads - dormant, pruned_heads=dormant,
@@ -151,7 +152,7 @@ def _noting(events: list):
 
     return note
 
-# %% ../nbs/31_training.ipynb #c49f6d70
+# %% ../nbs/31_training.ipynb #7e49ef54
 def train_with_plasticity(
     model: nn.Module,
     train_dataloader,  # batches with labels; begun again when it is used up
@@ -167,6 +168,7 @@ def train_with_plasticity(
     schedule: PlasticitySchedule | None = None,  # prune and revive heads on the way
     regrow_dataloader=None,  # what the schedule measures on; None: the training batches
     max_eval_steps: int | None = None,
+    at_first: dict | None = None,  # what `evaluate_model` says of the model as it is given, if that is known already; None: it is evaluated
     progress: bool = True,
     events: list | None = None,  # changes are appended: {"step", "phase", "pruned_heads" or "revived_heads"}
     distill: str | None = None,  # "self": learn from the unpruned model, too
@@ -184,7 +186,7 @@ def train_with_plasticity(
         learning_rate=learning_rate, use_differential_lr=use_differential_lr, pruned_head_lr_multiplier=pruned_head_lr_multiplier, max_steps=training_steps, schedule=schedule,
         regrow_dataloader=train_dataloader if regrow_dataloader is None else regrow_dataloader, distill=distill, teacher=teacher)
     trainer.plasticity.on_change = _noting(events)
-    recorder = _Recorder(trainer, eval_dataloader, eval_interval, max_eval_steps, callback, progress)
+    recorder = _Recorder(trainer, eval_dataloader, eval_interval, max_eval_steps, callback, progress, at_first)
     trainer.add_callback(recorder)
     keeper = None
     if folder:
@@ -230,7 +232,7 @@ def recovery_rate(baseline: float, pruned: float, final: float) -> float | None:
     "The share of the perplexity lost by pruning that came back; None if pruning cost nothing."
     return None if not pruned > baseline else (pruned - final) / (pruned - baseline)
 
-# %% ../nbs/31_training.ipynb #16b90c27
+# %% ../nbs/31_training.ipynb #012bf24e
 def run_plasticity_loop(
     model: nn.Module,
     train_dataloader,  # batches with labels
@@ -277,7 +279,8 @@ def run_plasticity_loop(
     events = [{"step": 0, "phase": "prune", "pruned_heads": pruned_heads}]
     history = train_with_plasticity(
         model, train_dataloader, eval_dataloader, () if removing else pruned_heads, callback=callback, use_differential_lr=use_differential_lr,
-        schedule=None if removing or not pruned_heads else schedule, regrow_dataloader=selection, events=events, distill=distill, teacher=teacher, **training)
+        schedule=None if removing or not pruned_heads else schedule, regrow_dataloader=selection, events=events, distill=distill, teacher=teacher,
+        at_first=None if removing else compensated or pruned, **training)
     final = {key: history[name][-1] for key, name in (("loss", "eval_loss"), ("perplexity", "perplexity"))} | {"tokens": baseline["tokens"]}
     results = dict(
         baseline_metrics=baseline, pruned_metrics=pruned, compensated_metrics=compensated, final_metrics=final, training_metrics=history,
@@ -287,6 +290,6 @@ def run_plasticity_loop(
         recovery_rate=recovery_rate(baseline["perplexity"], pruned["perplexity"], final["perplexity"]),
     )
     if control:
-        results["control_training_metrics"] = record = train_with_plasticity(twin, train_dataloader, eval_dataloader, (), **training)
+        results["control_training_metrics"] = record = train_with_plasticity(twin, train_dataloader, eval_dataloader, (), at_first=baseline, **training)
         results["control_metrics"] = {"loss": record["eval_loss"][-1], "perplexity": record["perplexity"][-1], "tokens": baseline["tokens"]}
     return results

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['STEP', 'AFFORDABLE', 'small_slice', 'highest_level', 'Explorer', 'explore']
 
-# %% ../nbs/51_widgets.ipynb #47b66ebd
+# %% ../nbs/51_widgets.ipynb #2f1695ba
 import base64
+import gc
 import hashlib
 import html
 import math
 import os
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -144,7 +146,7 @@ def _assembled(level, strategy, *parts):
     row = widgets.HBox([level, strategy], layout=widgets.Layout(flex_flow="row wrap"))
     return widgets.VBox([row, *parts], layout=widgets.Layout(max_width="100%"))
 
-# %% ../nbs/51_widgets.ipynb #d62cb46c
+# %% ../nbs/51_widgets.ipynb #d997279a
 class Explorer:
     """Two controls, `level` and `strategy` (set their `.value`), and what their position gives: `scores` and `mask` [L,H], `figure`, `perplexity`
     and `sample`; beside them the model's own `dense_perplexity` and `dense_sample`. `widget` holds all that is shown. Made by `explore`."""
@@ -153,9 +155,8 @@ class Explorer:
         self.model, self.tokenizer, self.maps, self.batches, self.prompt, self.new_tokens = model, tokenizer, maps, batches, prompt, new_tokens
         self.exists, asleep, self.start = anatomy_of(model).exists, dormant_heads(model), (level, strategy)
         self.level, self.strategy = _controls(level, highest_level(self.exists, asleep), strategy, list(maps))
-        dense = evaluate_model(model, batches)
-        self.dense_perplexity, self.tokens = dense["perplexity"], dense["tokens"]
-        self.dense_sample = generate_sample(model, tokenizer, prompt, new_tokens)
+        self._answers = {}  # what was found for each set of heads: a place where the controls have been is shown again at once
+        self.dense_perplexity, self.dense_sample, self.tokens = _answer(self, torch.zeros_like(self.exists))
         self._formula, self._problem, self._picture, self._table = (_ipywidgets().HTML() for _ in range(4))
         self.widget = _assembled(self.level, self.strategy, self._formula, self._problem, self._picture, self._table)
         _update(self)
@@ -169,7 +170,8 @@ class Explorer:
 
     def _moved(self, change):
         try:
-            _update(self)
+            with _later_collection():
+                _update(self)
         except PlasticityError as error:  # raised from here it would only reach a log that nobody reads
             self._problem.value = f'<div role="alert"><b>{type(error).__name__}:</b> {html.escape(str(error))}</div>'
             raise
@@ -184,7 +186,30 @@ class Explorer:
         display({"text/html": _static_html(self), "text/plain": repr(self)}, raw=True)
         display(self.widget)
 
-# %% ../nbs/51_widgets.ipynb #26fc53cb
+# %% ../nbs/51_widgets.ipynb #fb180706
+def _answer(explorer: Explorer, mask: Tensor) -> tuple[float, str, int]:
+    "Perplexity and text of the model without these heads, and the number of tokens; computed once."
+    key = tuple(mask.flatten().tolist())
+    if key not in explorer._answers:
+        with gate_heads(explorer.model, mask):
+            found = evaluate_model(explorer.model, explorer.batches)
+            sample = generate_sample(explorer.model, explorer.tokenizer, explorer.prompt, explorer.new_tokens)
+        explorer._answers[key] = found["perplexity"], sample, found["tokens"]
+    return explorer._answers[key]
+
+
+@contextmanager
+def _later_collection():
+    "Python's garbage collection waits: a full one, among all that torch and transformers hold, takes as long as an answer."
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _update(explorer: Explorer) -> None:
     "Mask, figure, numbers and text for the position of the controls."
     model, strategy = explorer.model, explorer.strategy.value
@@ -196,9 +221,7 @@ def _update(explorer: Explorer) -> None:
     only_one = f"<style>.{_static_class(explorer)} {{display: none}}</style>"
     explorer._formula.value = _formula_html(strategy)
     explorer._picture.value = only_one + _picture_html(explorer.figure, _described(strategy, mask))  # seen at once; the numbers follow
-    with gate_heads(model, mask):
-        explorer.perplexity = evaluate_model(model, explorer.batches)["perplexity"]
-        explorer.sample = generate_sample(model, explorer.tokenizer, explorer.prompt, explorer.new_tokens)
+    explorer.perplexity, explorer.sample, _ = _answer(explorer, mask)
     explorer._table.value, explorer._problem.value = _table_html(explorer), ""
 
 

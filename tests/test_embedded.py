@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2FN
 
 import neural_plasticity.data as data
 from neural_plasticity.data import EMBEDDED_MODELS, embedded_folder, embedded_manifest, load_embedded_model, load_embedded_text
@@ -191,3 +192,18 @@ def test_provenance_names_what_is_shipped():
             assert f"{TRAINING[name][split]['context_512']['bits_per_byte']:.3f}" in page
     for entry in MANIFEST.values():
         assert entry["text_sha256"] in page and f"{entry['bytes']:,}" in page
+
+
+def test_the_fast_activation_is_the_one_it_was_trained_with():
+    "`gelu_pytorch_tanh` in one kernel, `gelu_new` in eight steps: the same function up to float32's rounding, and the same model."
+    config = AutoConfig.from_pretrained(FOLDER / "gpt2")
+    assert config.activation_function == "gelu_pytorch_tanh"
+    values = torch.linspace(-12, 12, 4801)
+    torch.testing.assert_close(ACT2FN["gelu_pytorch_tanh"](values), ACT2FN["gelu_new"](values), atol=1e-6, rtol=1e-6)
+    config.activation_function = "gelu_new"
+    models = [AutoModelForCausalLM.from_pretrained(FOLDER / "gpt2", **options).eval() for options in ({}, {"config": config})]
+    tokens = torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        fast, slow = (model(tokens).logits for model in models)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-5)
+    assert not torch.equal(fast, slow)  # they are two ways to compute it

@@ -7,11 +7,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from neural_plasticity import sources
+from neural_plasticity import arms, experiment, sources, training
 from neural_plasticity.cells import CellsFailed
 from neural_plasticity.config import ExperimentConfig
 from neural_plasticity.errors import InvalidArgument, MissingSplit, StorageError, WrongType
+from neural_plasticity.evaluation import evaluate_model
 from neural_plasticity.experiment import prepare_experiment, read_record, run_experiment
+from neural_plasticity.gates import state_of
+from neural_plasticity.importance import measure_heads
 from neural_plasticity.regrowth import PlasticitySchedule
 from neural_plasticity.sources import load_splits, load_texts
 from neural_plasticity.sweep import mean_and_error, run_sweep
@@ -63,6 +66,34 @@ def test_one_cycle_is_the_plasticity_loop(ready, tmp_path):
         assert arm[f"{stage}_metrics"] == plain[f"{stage}_metrics"], stage
     assert str(arm["training_metrics"]) == str(plain["training_metrics"]) and arm["recovery_rate"] == plain["recovery_rate"]
     assert plain.keys() <= arm.keys()
+
+
+def test_no_model_is_evaluated_or_measured_twice(ready, tmp_path, monkeypatch):
+    "In a run of all three arms: each evaluation sees other weights or other gates than every one before, and heads are measured for the figures once."
+    seen, measured = [], []
+
+    def state(model):
+        gates = state_of(model).gates.tolist() if state_of(model) else None
+        return hash((str(gates), *(value.double().sum().item() for value in model.state_dict().values())))
+
+    def evaluate(model, *args, **options):
+        seen.append(state(model))
+        return evaluate_model(model, *args, **options)
+
+    def measure(model, *args, **options):
+        measured.append(state(model))
+        return measure_heads(model, *args, **options)
+
+    for module in (arms, experiment, training):
+        monkeypatch.setattr(module, "evaluate_model", evaluate)
+    monkeypatch.setattr(arms, "measure_heads", measure)
+    result = run_experiment(replace(SMALL, prune_level=0.5, output_dir=str(tmp_path)), ready, progress=False)
+    steps = SMALL.training_steps // SMALL.eval_interval
+    assert len(seen) == len(set(seen)) == 1 + 2 * (2 + steps) + steps  # before; pruned, compensated and recovering, twice; the control
+    assert len(measured) == 1 and all(result.arms[name]["grad_norm_values"].equal(result.arms["chosen"]["grad_norm_values"]) for name in ("chosen", "random"))
+    for name in ("chosen", "random"):
+        arm = result.arms[name]
+        assert arm["training_metrics"]["eval_loss"][0] == arm["compensated_metrics"]["loss"] and result.arms["control"]["training_metrics"]["eval_loss"][0] == arm["baseline_metrics"]["loss"]
 
 
 def test_cycles_prune_in_steps(ready, tmp_path):

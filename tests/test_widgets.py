@@ -1,4 +1,5 @@
 """The explorer: every control changes mask, figure, numbers and text at once; the model stays as it is."""
+import gc
 import json
 import re
 import subprocess
@@ -213,3 +214,35 @@ def test_importing_the_page_does_not_import_ipywidgets():
 def test_committed_notebooks_hold_no_widget_state(path):
     "It is large, differs in every run, and would stand before the static output on the site."
     assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+
+
+def test_where_the_controls_have_been_nothing_is_computed_again(parts, maps):
+    explorer, passes = short(parts, scores=maps), []
+    handle = parts[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    first = shown(explorer)
+    explorer.level.value = 0.6
+    assert len(passes) == 1 + 8  # one batch, and as many tokens as the sample has
+    passes.clear()
+    explorer.level.value = 0.4
+    explorer.level.value = 0.0
+    handle.remove()
+    assert not passes and explorer.perplexity == explorer.dense_perplexity
+    explorer.level.value = 0.4
+    assert [value for value in shown(explorer) if isinstance(value, (float, list, str))] == [value for value in first if isinstance(value, (float, list, str))]
+
+
+@pytest.mark.parametrize("enabled", (True, False))
+def test_garbage_is_collected_between_the_answers_and_not_during_one(parts, maps, enabled):
+    broken, was = dict(maps) | {"broken": torch.full((6, 8), torch.nan)}, gc.isenabled()
+    explorer, during = short(parts, scores=broken), []
+    handle = parts[0].register_forward_pre_hook(lambda *_: during.append(gc.isenabled()))
+    try:
+        gc.enable() if enabled else gc.disable()
+        explorer.level.value = 0.6
+        assert during and not any(during) and gc.isenabled() == enabled
+        with pytest.raises(PlasticityError):
+            explorer.strategy.value = "broken"
+        assert gc.isenabled() == enabled
+    finally:
+        handle.remove()
+        gc.enable() if was else gc.disable()
