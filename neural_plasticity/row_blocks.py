@@ -38,7 +38,7 @@ def read_statistics(
         raise InvalidArgument(f"statistics is {statistics!r}; it is one or several of {list(STATISTICS)}")
     return names
 
-# %% ../nbs/13_row_blocks.ipynb #d1b21d21
+# %% ../nbs/13_row_blocks.ipynb #9b56fde3
 @dataclass(frozen=True)
 class AttentionProblem:
     "Queries, keys and everything that decides who sees whom, checked. `state_problem` makes it."
@@ -58,7 +58,9 @@ class AttentionProblem:
         "The same problem in float32 (float64 for float64 queries), keys centred."
         dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         query, key = self.query.to(dtype), self.key.to(dtype)
-        return replace(self, query=query, key=key if self.softcap is not None else key - key.mean(2, keepdim=True))
+        if self.softcap is None:  # any key would do; the mean of some is near the common part, and costs less than that of all
+            key = key - key[:, :, :: max(1, key.shape[2] // 64)].mean(2, keepdim=True)
+        return replace(self, query=query, key=key)
 
     def first(self) -> Tensor:
         "Long [B or 1, H or 1]: the first key that padding and masks leave to any query (causality and windows hide it from many), unless the caller has said which."

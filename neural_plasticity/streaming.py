@@ -52,12 +52,12 @@ def choose_path(problem: AttentionProblem, statistics: tuple[str, ...], path: st
         raise InvalidArgument(f"path {path!r} is not possible here: {reason}; leave path out")
     return path
 
-# %% ../nbs/13_streaming.ipynb #f49c457e
+# %% ../nbs/13_streaming.ipynb #56f54f34
 @contextmanager
 def _exact_matmul(device):
     "No autocast, no TF32, no bf16 shortcuts inside; the settings are put back as they were."
     with torch.autocast(device.type, enabled=False):
-        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if hasattr(torch.backends.cuda.matmul, "fp32_precision") else []
+        backends = [torch.backends.mkldnn.matmul if device.type == "cpu" else torch.backends.cuda.matmul] if hasattr(torch.backends.cuda.matmul, "fp32_precision") else []
         before = [backend.fp32_precision for backend in backends]
         legacy = None if backends else torch.get_float32_matmul_precision()  # torch before 2.9
         try:
