@@ -309,3 +309,25 @@ def test_gradients_of_what_remains_equal_those_of_the_removed_model(name):
             kept = [i for i in range(reference.shape[dim]) if i not in set(index.tolist())]
             reference = reference.index_select(dim, torch.tensor(kept))
         torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+def test_other_values_of_gates_compile_nothing_anew(name):
+    "Heads that fall asleep, wake and fade in change numbers in a compiled model, not its code."
+    model, compilations = build(name), []
+    batch = inputs(model)
+    put_to_sleep(model, [(0, 0)])  # the gates are there when it is compiled
+
+    def backend(graph, examples):
+        compilations.append(1)
+        return graph.forward
+
+    run = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        run(**batch)
+        once = len(compilations)
+        for change in (lambda: put_to_sleep(model, [(1, 2), (2, 1)]), lambda: revive_heads(model, [(1, 2)]), lambda: revive_heads(model, [(2, 1)], warmup_steps=4), lambda: advance_warmup(model)):
+            change()
+            expected = copy.deepcopy(model)(**batch).logits
+            torch.testing.assert_close(run(**batch).logits, expected, atol=1e-5, rtol=0)
+    assert once >= 1 and len(compilations) == once
