@@ -48,7 +48,7 @@ def explorer_controls(level: float, highest: float, strategy: str, strategies: l
         "save_button": button("save", "save the model with the marked heads dormant; load_pruned reads it"),
     }
 
-# %% ../nbs/51_controls.ipynb #2701ae83
+# %% ../nbs/51_controls.ipynb #558af2a3
 LARGEST = 1200  # heads that are drawn as buttons
 _COLORS = 16
 
@@ -61,8 +61,8 @@ def shades() -> list[str]:
     return [to_hex(colormaps["viridis"](index / (_COLORS - 1))) for index in range(_COLORS)]
 
 
-HEADS_STYLE = """<style>.plasticity-heads .jupyter-button, .plasticity-heads .widget-button {color: #fff; font-weight: 700; text-align: center;
-text-shadow: 0 0 2px #000, 0 0 2px #000, 0 0 3px #000} .plasticity-heads .widget-label {text-align: center}</style>"""
+HEADS_STYLE = """<style>.plasticity-heads .jupyter-button, .plasticity-heads .widget-button {color: #fff; font-weight: 700; line-height: 1;
+display: flex; align-items: center; justify-content: center; text-shadow: 0 0 2px #000, 0 0 2px #000, 0 0 3px #000} .plasticity-heads .widget-label {text-align: center}</style>"""
 
 
 class HeadGrid:

@@ -110,18 +110,18 @@ def links_text(weights: Tensor, tokens: list[str]) -> str:
     links = [f"“{shown_token(tokens[query])}” at “{shown_token(tokens[key])}” ({weights[query, key]:.0%})" for query, key in strongest_links(weights)]
     return "Looks most: " + (", ".join(links) or "nowhere in particular") + "."
 
-# %% ../nbs/51_panels.ipynb #a74d2b4d
+# %% ../nbs/51_panels.ipynb #8b535fb1
 def attention_svg(
     weights: Tensor,  # [T,T], one head's attention: queries down, keys across
     tokens: list[str],  # T of them
     name: str,  # what it is, for those who cannot see it
 ) -> str:
     "One head's attention map as a picture that says its numbers when it is pointed at."
-    size, margin = max(9, min(22, 420 // len(tokens))), 78
+    size, margin = max(8, min(22, 370 // len(tokens))), 78
     labels = [html.escape(text[:9] + "…" if len(text := shown_token(token)) > 10 else text) for token in tokens]
     tips = [html.escape(shown_token(token)) for token in tokens]
     cells = "".join(
-        f'<path d="M{key} {query}h1v1h-1z" fill-opacity="{weights[query, key]:.2f}"><title>“{tips[query]}” looks at “{tips[key]}”: {weights[query, key]:.1%}</title></path>'
+        f'<path d="M{key} {query}h1v1h-1z" fill-opacity="{weights[query, key] ** 0.5:.2f}"><title>“{tips[query]}” looks at “{tips[key]}”: {weights[query, key]:.1%}</title></path>'
         for query, key in (weights >= 0.005).nonzero().tolist())
     middle = [margin + size * (index + 0.5) for index in range(len(tokens))]
     down = "".join(f'<text x="{margin - 5}" y="{y + 3.5:g}" text-anchor="end">{label}</text>' for y, label in zip(middle, labels))

@@ -25,7 +25,7 @@ from .pruning import strategy_name
 
 _all_ = ["highest_level", "small_slice"]
 
-# %% ../nbs/51_widgets.ipynb #1786b8e5
+# %% ../nbs/51_widgets.ipynb #4b7db556
 @contextmanager
 def _later_collection():
     "Python's garbage collection waits: a full one, among all that torch and transformers hold, takes as long as an answer."
@@ -60,13 +60,16 @@ class _View(Exploration):
         return comparison_html(heads, numbers, self.prompt, (self.dense_sample, self.sample))
 
     def _head_html(self) -> str:
+        columns = {"this sentence": self.look(self.reads)[1]} | ({"all the text": self.statistics} if self.statistics else {})
         layer, head = self.chosen
-        maps, statistics, tokens = self.look(self.reads)
-        columns = {"this sentence": statistics} | ({"all the text": self.statistics} if self.statistics else {})
-        links, kind = links_text(maps[layer][head], tokens), self.kinds()[self.chosen]
-        return (f'<div class="plasticity-head" style="line-height:1.45"><b>head ({layer}, {head})</b>: {kind}, {html.escape(self.position.strategy)} {float(self.scores[self.chosen]):.3g}'
-                f'{attention_svg(maps[layer][head], tokens, f"Attention of head ({layer}, {head}), queries down, keys across. {links}").replace("<svg ", "<br><svg ", 1)}'
-                f'<div style="max-width:34em;white-space:normal">{html.escape(links)}</div>{statistics_html(columns, self.chosen)}</div>')
+        return (f'<div class="plasticity-head" style="line-height:1.45"><b>head ({layer}, {head})</b>: {self.kinds()[self.chosen]}, {html.escape(self.position.strategy)} '
+                f'{float(self.scores[self.chosen]):.3g}{statistics_html(columns, self.chosen)}</div>')
+
+    def _attention_html(self) -> str:
+        (layer, head), (maps, _, tokens) = self.chosen, self.look(self.reads)
+        links = links_text(maps[layer][head], tokens)
+        name = f"Attention of head ({layer}, {head}), queries down, keys across. {links}"
+        return f'<div class="plasticity-attention">{attention_svg(maps[layer][head], tokens, name)}<div style="max-width:34em;white-space:normal;line-height:1.45">{html.escape(links)}</div></div>'
 
     def _static_class(self) -> str:
         "A name for the static output that is the same in every run, and another one for another explorer."
@@ -77,7 +80,7 @@ class _View(Exploration):
         "The same for a page without widgets."
         level, strategy = self.position.level, self.position.strategy
         position = f"prune level <b>{level:.0%}</b>, strategy <b>{html.escape(strategy)}</b>: {formula_html(strategy)}"
-        return (f'<div class="{self._static_class()}"><p>{position}</p>{picture_html(self.figure, described(strategy, self.dormant))}{self._table_html()}{self._head_html()}'
+        return (f'<div class="{self._static_class()}"><p>{position}</p>{picture_html(self.figure, described(strategy, self.dormant))}{self._table_html()}{self._head_html()}{self._attention_html()}'
                 '<p style="opacity:.75">In a running notebook, controls for level, strategy and every head stand here.</p></div>')
 
 # %% ../nbs/51_widgets.ipynb #a594c45c
@@ -137,7 +140,7 @@ class _Plumbing(_View):
         display({"text/html": self._static_html(), "text/plain": repr(self)}, raw=True)
         display(self.widget)
 
-# %% ../nbs/51_widgets.ipynb #47138562
+# %% ../nbs/51_widgets.ipynb #cd6e98b0
 def _dormancy(explorer) -> str:
     "Whether what is shown is on the model."
     on_model = set(dormant_heads(explorer.model))
@@ -166,7 +169,7 @@ def _show_parts(explorer) -> None:
         parts["picture"].value = only_one + picture_html(explorer.figure, described(strategy, explorer.dormant))
     parts["formula"].value = formula_html(strategy)
     try:
-        parts["about"].value = explorer._head_html()
+        parts["about"].value, parts["attention"].value = explorer._head_html(), explorer._attention_html()
     except InvalidArgument as error:  # a sentence of one token, from an empty prompt: all else can be shown
         parts["about"].value = html.escape(str(error))
     parts["table"].value = explorer._table_html()
@@ -225,7 +228,7 @@ class _Following(_Plumbing):
         for widget in (*self._widgets(), self.widget):
             widget.close()
 
-# %% ../nbs/51_widgets.ipynb #06c18737
+# %% ../nbs/51_widgets.ipynb #6954cc64
 def _assembled(explorer):
     "Controls above, the map and the chosen head in the middle, the comparison below."
     widgets, parts = core_widgets(), explorer._parts
@@ -234,15 +237,15 @@ def _assembled(explorer):
     def row(*children, **options):
         return widgets.HBox(children, layout=widgets.Layout(**wrap | options))
 
-    chart = [explorer.grid.widget, parts["key"]] if explorer.grid else [parts["picture"]]
+    chart = [explorer.grid.widget, parts["key"], parts["about"]] if explorer.grid else [parts["picture"], parts["about"]]
     return widgets.VBox([
         row(explorer.level, explorer.strategy, explorer.undo_button), parts["formula"], parts["problem"],
         row(explorer.layer, explorer.head, explorer.toggle_button, explorer.sentence),
         row(explorer.read_button, explorer.progress, explorer.cancel_button, explorer.apply_button, explorer.folder, explorer.save_button, parts["status"]),
-        row(widgets.VBox(chart, layout=widgets.Layout(margin="0 2em 0 0", max_width="100%")), parts["about"], align_items="flex-start"), parts["table"],
+        row(widgets.VBox(chart, layout=widgets.Layout(margin="0 2em 0 0", max_width="100%")), parts["attention"], align_items="flex-start"), parts["table"],
     ], layout=whole)
 
-# %% ../nbs/51_widgets.ipynb #e528fb48
+# %% ../nbs/51_widgets.ipynb #ee5fb29f
 class Explorer(_Following):
     """An `Exploration` with its controls: `level`, `strategy`, `layer`, `head`, `sentence`, `folder` (set their `.value`), the buttons `undo_button`, `toggle_button`, `read_button`,
     `cancel_button`, `apply_button`, `save_button` (`.click()`), and `grid.buttons[layer, head]`. `widget` holds all that is shown. Made by `explore`."""
@@ -253,7 +256,7 @@ class Explorer(_Following):
         self.chosen, self.reads = divmod(int(self.scores.nan_to_num(-torch.inf).argmax()), self.exists.shape[1]), " ".join(self.dense_sample.split())  # the head that counts most
         self.__dict__.update(explorer_controls(level, highest_level(self.exists, self.asleep), strategy, list(maps), self.exists.shape, self.reads))
         self.grid = HeadGrid(self.exists, lambda *head: self._tried(self.choose, *head)) if int(self.exists.sum()) <= LARGEST else None
-        self._parts = {name: core_widgets().HTML() for name in ("formula", "problem", "status", "picture", "key", "about", "table")}
+        self._parts = {name: core_widgets().HTML() for name in ("formula", "problem", "status", "picture", "key", "about", "attention", "table")}
         self.widget = _assembled(self)
         self.refresh()
         for control, verb in ((self.level, lambda: self.move(level=self.level.value)), (self.strategy, lambda: self.move(strategy=self.strategy.value)),

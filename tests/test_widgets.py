@@ -1,6 +1,7 @@
 """The explorer: every control changes mask, figure, numbers and text at once; the model stays as it is."""
 import asyncio
 import gc
+import html
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from neural_plasticity.evaluation import evaluate_model, generate_sample  # noqa
 from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads, state_of  # noqa: E402
 from neural_plasticity.importance import CRITERIA, criteria_within, criterion, measure_heads  # noqa: E402
 from neural_plasticity.pruning import PruningStrategy, choose_heads  # noqa: E402
+from neural_plasticity.panels import shown_token, strongest_links  # noqa: E402
 from neural_plasticity.patterns import measure_attention  # noqa: E402
 from neural_plasticity.storage import load_pruned  # noqa: E402
 from neural_plasticity.widgets import explore, highest_level, small_slice  # noqa: E402
@@ -46,7 +48,7 @@ def short(parts, **options):
     return explore(*parts, prompt=PROMPT, tokens=128, new_tokens=8, **options)
 
 
-PARTS = ("formula", "problem", "key", "about", "table")
+PARTS = ("formula", "problem", "key", "about", "attention", "table")
 
 
 def shown(explorer):
@@ -66,10 +68,10 @@ def test_a_move_changes_everything_that_is_shown(parts, maps):
     explorer.level.value = 0.6
     after = shown(explorer)
     assert int(explorer.mask.sum()) == 28
-    mask, cells, perplexity, sample, formula, problem, key, about, table = (old != new for old, new in zip(before, after))
+    mask, cells, perplexity, sample, formula, problem, key, about, attention, table = (old != new for old, new in zip(before, after))
     assert mask and cells and perplexity and table and not formula and not problem and not key
     explorer.strategy.value = "entropy"
-    mask, cells, perplexity, sample, formula, problem, key, about, table = (old != new for old, new in zip(after, shown(explorer)))
+    mask, cells, perplexity, sample, formula, problem, key, about, attention, table = (old != new for old, new in zip(after, shown(explorer)))
     assert mask and cells and perplexity and formula and key and about and table and not problem
     assert set(marks(explorer)) == {tuple(head) for head in explorer.mask.nonzero().tolist()} and set(marks(explorer).values()) == {"×"}
     assert explorer.scores is maps["entropy"]
@@ -196,7 +198,7 @@ def test_everything_has_a_name_for_those_who_cannot_see_it(parts, maps):
     layer, head = explorer.mask.nonzero()[0].tolist()
     assert f"layer {layer}: {head}" in alt
     assert 'aria-live="polite"' in explorer.children[-1].value and 'role="status"' in explorer._parts["status"].value
-    assert re.search(r'<svg role="img" aria-label="Attention of head', explorer._parts["about"].value)
+    assert re.search(r'<svg role="img" aria-label="Attention of head', explorer._parts["attention"].value)
     for control in controls(explorer):
         assert control.description or control.tooltip
     for (layer, head), button in explorer.grid.buttons.items():
@@ -289,7 +291,7 @@ def test_a_click_looks_at_a_head_and_changes_nothing_else(parts, maps):
     explorer.grid.buttons[2, 5].click()
     after = shown(explorer)
     assert explorer.chosen == (2, 5) == (explorer.layer.value, explorer.head.value)
-    assert [index for index, (old, new) in enumerate(zip(before, after)) if old != new] == [1, 7]  # the frame in the map, and the head's own part
+    assert [index for index, (old, new) in enumerate(zip(before, after)) if old != new] == [1, 7, 8]  # the frame in the map, and the head's own parts
     assert [head for head, button in explorer.grid.buttons.items() if button.layout is explorer.grid.framed] == [(2, 5)]
     assert "head (2, 5)" in after[7] and not explorer.history
 
@@ -368,9 +370,13 @@ def test_what_a_head_looks_at_is_what_the_library_measures(parts, maps):
     assert all(torch.allclose(found[layer], reference[layer][0], atol=1e-5) for layer in range(6)) and len(tokens) == ids.shape[1]
     measured = measure_attention(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     explorer.grid.buttons[1, 2].click()
-    about = explorer._parts["about"].value
+    about, attention = explorer._parts["about"].value, explorer._parts["attention"].value
     assert f"{float(measured['entropy'][1, 2]):.2f} nats" in about and f"{float(measured['distance'][1, 2]):.2f} tokens" in about
-    assert "<i>" not in about and "looks at" in about
+    layer_map = found[1][2]
+    for query, key in strongest_links(layer_map):
+        tip = f"<title>“{html.escape(shown_token(tokens[query]))}” looks at “{html.escape(shown_token(tokens[key]))}”: {layer_map[query, key]:.1%}</title>"
+        assert tip in attention
+    assert "“<" not in attention and "“&lt;" in attention
     with pytest.raises(InvalidArgument, match="two or more"):
         explorer.sentence.value = "a"
     assert explorer.reads.startswith("The <i>") and 'role="alert"' in explorer._parts["problem"].value
