@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LARGEST', 'HEADS_STYLE', 'core_widgets', 'explorer_controls', 'shades', 'HeadGrid', 'Work']
 
-# %% ../nbs/51_controls.ipynb #5082c143
+# %% ../nbs/51_controls.ipynb #7ceea66a
 import asyncio
+import threading
 
 from .errors import EnvironmentProblem, PlasticityError
 from .exploring import STEP
@@ -48,7 +49,7 @@ def explorer_controls(level: float, highest: float, strategy: str, strategies: l
         "save_button": button("save", "save the model with the marked heads dormant; load_pruned reads it"),
     }
 
-# %% ../nbs/51_controls.ipynb #558af2a3
+# %% ../nbs/51_controls.ipynb #e7733daf
 LARGEST = 1200  # heads that are drawn as buttons
 _COLORS = 16
 
@@ -62,7 +63,7 @@ def shades() -> list[str]:
 
 
 HEADS_STYLE = """<style>.plasticity-heads .jupyter-button, .plasticity-heads .widget-button {color: #fff; font-weight: 700; line-height: 1;
-display: flex; align-items: center; justify-content: center; text-shadow: 0 0 2px #000, 0 0 2px #000, 0 0 3px #000} .plasticity-heads .widget-label {text-align: center}</style>"""
+display: flex; align-items: center; justify-content: center; text-shadow: 0 0 2px #000, 0 0 2px #000, 0 0 3px #000} .plasticity-heads .widget-label {text-align: center; line-height: 1.3}</style>"""
 
 
 class HeadGrid:
@@ -105,12 +106,12 @@ class HeadGrid:
                 button.layout = self.framed if (layer, head) == chosen else self.plain
         return low, high
 
-# %% ../nbs/51_controls.ipynb #5fa7d172
+# %% ../nbs/51_controls.ipynb #a07435c6
 class Work:
     "Runs a generator that yields (done, in all or None). `shown(share, text)` after every piece; `ended(error or None)` once, unless it is cancelled."
 
-    def __init__(self, steps, shown, ended):
-        self.steps, self.shown, self.ended, self.loop = steps, shown, ended, None
+    def __init__(self, steps, shown, ended, lock=None):
+        self.steps, self.shown, self.ended, self.loop, self.lock = steps, shown, ended, None, lock or threading.RLock()
 
     def start(self) -> None:
         "Begin; without an event loop this returns when all is done."
@@ -123,25 +124,27 @@ class Work:
             self.loop.call_soon(self._next)
 
     def cancel(self) -> None:
-        "Stop before the next piece."
-        if self.steps is not None:
-            self.steps.close()
-            self.steps = None
+        "Stop after the piece that is under way, if there is one."
+        with self.lock:
+            if self.steps is not None:
+                self.steps.close()
+                self.steps = None
 
     def _next(self) -> None:
         if self._piece():
             self.loop.call_later(0.01, self._next)  # the page's messages come first
 
     def _piece(self) -> bool:  # whether there is more to do
-        if self.steps is None:
-            return False
-        try:
-            done, total = next(self.steps)
-        except BaseException as error:
-            self.steps = None
-            self.ended(None if isinstance(error, StopIteration) else error)
-            if isinstance(error, (StopIteration, PlasticityError)):
+        with self.lock:
+            if self.steps is None:
                 return False
-            raise
-        self.shown(done / total if total else 0.5, f"{done} of {total} batches" if total else f"{done} batches")
-        return self.steps is not None
+            try:
+                done, total = next(self.steps)
+            except BaseException as error:
+                self.steps = None
+                self.ended(None if isinstance(error, StopIteration) else error)
+                if isinstance(error, (StopIteration, PlasticityError)):
+                    return False
+                raise
+            self.shown(done / total if total else 0.5, f"{done} of {total} batches" if total else f"{done} batches")
+            return self.steps is not None

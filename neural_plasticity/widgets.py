@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['AFFORDABLE', 'Explorer', 'explore', 'highest_level', 'small_slice']
 
-# %% ../nbs/51_widgets.ipynb #a940c4da
+# %% ../nbs/51_widgets.ipynb #ceccaa85
 import gc
 import hashlib
 import html
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -83,21 +84,22 @@ class _View(Exploration):
         return (f'<div class="{self._static_class()}"><p>{position}</p>{picture_html(self.figure, described(strategy, self.dormant))}{self._table_html()}{self._head_html()}{self._attention_html()}'
                 '<p style="opacity:.75">In a running notebook, controls for level, strategy and every head stand here.</p></div>')
 
-# %% ../nbs/51_widgets.ipynb #a594c45c
+# %% ../nbs/51_widgets.ipynb #a7361259
 class _Plumbing(_View):
     "From a control to a verb, and from a verb to what is shown."
 
     def _tried(self, verb, *args) -> None:
         "Do what a control asks; a mistake is shown, and raised for those who set the control in code."
-        if self._busy:
-            return
-        try:
-            with _later_collection():
-                self._parts["problem"].value = ""
-                verb(*args)
-        except Exception as error:
-            self._said(error)
-            raise
+        with self._lock:
+            if self._busy:  # the widgets are being brought in line
+                return
+            try:
+                with _later_collection():
+                    self._parts["problem"].value = ""
+                    verb(*args)
+            except Exception as error:
+                self._said(error)
+                raise
 
     def _pressed(self, verb) -> None:
         "The same for a button, from which an error could be raised to nobody."
@@ -174,7 +176,7 @@ def _show_parts(explorer) -> None:
         parts["about"].value = html.escape(str(error))
     parts["table"].value = explorer._table_html()
 
-# %% ../nbs/51_widgets.ipynb #d5864a4a
+# %% ../nbs/51_widgets.ipynb #91704428
 class _Following(_Plumbing):
     "Verbs after which everything that is shown follows."
 
@@ -211,7 +213,7 @@ class _Following(_Plumbing):
     def read_everything(self) -> None:
         "Perplexity and attention statistics on all the text, a batch at a time; `cancel` stops it."
         if self.work is None:
-            self.work = Work(self.read_all(self.dormant), self._progressed, self._ended)
+            self.work = Work(self.read_all(self.dormant), self._progressed, self._ended, self._lock)
             self.refresh("starting")
             self.work.start()
 
@@ -245,13 +247,13 @@ def _assembled(explorer):
         row(widgets.VBox(chart, layout=widgets.Layout(margin="0 2em 0 0", max_width="100%")), parts["attention"], align_items="flex-start"), parts["table"],
     ], layout=whole)
 
-# %% ../nbs/51_widgets.ipynb #ee5fb29f
+# %% ../nbs/51_widgets.ipynb #7ad2d44b
 class Explorer(_Following):
     """An `Exploration` with its controls: `level`, `strategy`, `layer`, `head`, `sentence`, `folder` (set their `.value`), the buttons `undo_button`, `toggle_button`, `read_button`,
     `cancel_button`, `apply_button`, `save_button` (`.click()`), and `grid.buttons[layer, head]`. `widget` holds all that is shown. Made by `explore`."""
 
     def __init__(self, model, tokenizer, maps, validation, prompt, level, strategy, tokens, new_tokens):
-        self.start, self.work, self._busy = (level, strategy), None, False
+        self.start, self.work, self._busy, self._lock = (level, strategy), None, False, threading.RLock()  # some notebooks hear widgets in a thread of their own
         super().__init__(model, tokenizer, maps, validation, prompt, level, strategy, tokens, new_tokens)
         self.chosen, self.reads = divmod(int(self.scores.nan_to_num(-torch.inf).argmax()), self.exists.shape[1]), " ".join(self.dense_sample.split())  # the head that counts most
         self.__dict__.update(explorer_controls(level, highest_level(self.exists, self.asleep), strategy, list(maps), self.exists.shape, self.reads))

@@ -569,3 +569,33 @@ def test_beyond_what_a_page_can_carry_a_picture_stands_there(parts, maps, monkey
     explorer.layer.value, explorer.head.value = 1, 1
     explorer.toggle_button.click()
     assert explorer.chosen == (1, 1) and explorer._parts["picture"].value != before
+
+
+def test_widgets_may_be_heard_in_a_thread_of_their_own(parts, maps):
+    "JupyterLab 4 on ipykernel 7 hears a click in another thread while a piece of work is under way."
+    import threading
+
+    explorer, clicks = short(parts, scores=maps), []
+    before = shown(explorer)
+
+    def during(*_):  # in the middle of a forward pass
+        if not clicks:
+            clicks.extend([threading.Thread(target=explorer.cancel_button.click), threading.Thread(target=explorer.level.set_trait, args=("value", 0.6))])
+            for click in clicks:
+                click.start()
+            clicks[0].join(0.2)
+            assert clicks[0].is_alive()  # it waits for the piece
+
+    handle = parts[0].register_forward_pre_hook(during)
+    try:
+        async def notebook():
+            explorer.read_button.click()
+            while explorer.work is not None or any(click.is_alive() for click in clicks):
+                await asyncio.sleep(0.01)
+
+        asyncio.run(notebook())
+    finally:
+        handle.remove()
+    assert not explorer.whole and explorer.position.level == 0.6 and int(explorer.mask.sum()) == 28 and explorer._parts["problem"].value == ""
+    explorer.undo()
+    assert shown(explorer) == before
