@@ -158,7 +158,7 @@ class Position:
     strategy: str  # name of a score map
     by_hand: dict = field(default_factory=dict)  # (layer, head) → True: dormant, False: active, whatever the strategy says
 
-# %% ../nbs/51_exploring.ipynb #0e959b47
+# %% ../nbs/51_exploring.ipynb #816a2c62
 class Exploration(Answers):
     """A position and what it gives: `scores` and `mask` [L,H] (True: asleep beyond the model as it is), `dormant` [L,H] (all that sleeps), `perplexity` and `sample`; beside them
     the model's own `dense_perplexity` and `dense_sample`. `apply` and `save` are the only verbs that reach the model or the disk."""
@@ -219,18 +219,7 @@ class Exploration(Answers):
 
     def save(self, folder) -> Path:  # the folder
         "Save the model with the heads asleep that are shown; `load_pruned` reads it. The model itself stays as it is. Raises `StorageError` for a folder with other things in it."
-        if not isinstance(folder, (str, Path)) or not str(folder).strip():
-            raise InvalidArgument("there is no folder to save in; give its name")
-        target, before = Path(str(folder).strip()).expanduser(), state_of(self.model)
-        if before is None:
-            try:
-                put_like(self.model, self.dormant, self.zeroed)
-                return save_pruned(self.model, target, self.tokenizer)
-            finally:
-                restore_heads(self.model)
-        whole = self.model if before.dormant.equal(self.dormant) else copy.deepcopy(self.model)  # its bank and compensation are not to be solved anew twice
-        put_like(whole, self.dormant, self.zeroed)
-        return save_pruned(whole, target, self.tokenizer)
+        return _saved(self, folder)
 
     @property
     def figure(self):
@@ -238,7 +227,7 @@ class Exploration(Answers):
         name, total = self.position.strategy, int(self.exists.sum())
         return visualize_pruning_decisions(self.scores, self.dormant, title=f"{name}: {int(self.dormant.sum())} of {total} heads dormant", label=f"{name} (higher = more important)")
 
-# %% ../nbs/51_exploring.ipynb #a85a31c9
+# %% ../nbs/51_exploring.ipynb #4b37431c
 def one_head(layer: int, head: int, exists: Tensor) -> tuple[int, int]:
     "A head that exists, as (layer, head); raises for one that does not."
     return tuple(heads_to_mask([(layer, head)], exists).nonzero()[0].tolist())
@@ -259,3 +248,19 @@ def put_like(
         put_to_sleep(model, falling & (zeroed if zero else ~zeroed), zero_weights=zero)
     if waking.any():
         revive_heads(model, waking)
+
+
+def _saved(exploration: Exploration, folder) -> Path:
+    "Save what is shown, and leave the model as it was."
+    if not isinstance(folder, (str, Path)) or not str(folder).strip():
+        raise InvalidArgument("there is no folder to save in; give its name")
+    target, before = Path(str(folder).strip()).expanduser(), state_of(exploration.model)
+    if before is None:
+        try:
+            put_like(exploration.model, exploration.dormant, exploration.zeroed)
+            return save_pruned(exploration.model, target, exploration.tokenizer)
+        finally:
+            restore_heads(exploration.model)
+    whole = exploration.model if before.dormant.equal(exploration.dormant) else copy.deepcopy(exploration.model)  # its bank and compensation are not to be solved anew twice
+    put_like(whole, exploration.dormant, exploration.zeroed)
+    return save_pruned(whole, target, exploration.tokenizer)

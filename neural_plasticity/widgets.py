@@ -26,7 +26,7 @@ from .pruning import strategy_name
 
 _all_ = ["highest_level", "small_slice"]
 
-# %% ../nbs/51_widgets.ipynb #4b7db556
+# %% ../nbs/51_widgets.ipynb #f504055d
 @contextmanager
 def _later_collection():
     "Python's garbage collection waits: a full one, among all that torch and transformers hold, takes as long as an answer."
@@ -38,7 +38,7 @@ def _later_collection():
         if enabled:
             gc.enable()
 
-
+# %% ../nbs/51_widgets.ipynb #bf3b015d
 class _View(Exploration):
     "What of an exploration is shown, as HTML."
 
@@ -84,7 +84,7 @@ class _View(Exploration):
         return (f'<div class="{self._static_class()}"><p>{position}</p>{picture_html(self.figure, described(strategy, self.dormant))}{self._table_html()}{self._head_html()}{self._attention_html()}'
                 '<p style="opacity:.75">In a running notebook, controls for level, strategy and every head stand here.</p></div>')
 
-# %% ../nbs/51_widgets.ipynb #a7361259
+# %% ../nbs/51_widgets.ipynb #06b14fa3
 class _Plumbing(_View):
     "From a control to a verb, and from a verb to what is shown."
 
@@ -122,11 +122,12 @@ class _Plumbing(_View):
         if error:
             self._said(error)
 
-    def refresh(self, status: str | None = None) -> None:
-        "Bring every control and every part in line with the position."
+    def refresh(self, status: str | None = None, follow=()) -> None:
+        """Bring what is shown in line with the position. Only the controls named in `follow` are set: the others may have been moved again meanwhile, and
+        that move is still to be heard."""
         busy, self._busy = self._busy, True  # what the controls are set to here is where the position is already
         try:
-            _show_controls(self)
+            _show_controls(self, follow)
             _show_parts(self)
             self._parts["status"].value = f'<span role="status">{html.escape(status or _dormancy(self))}</span>'
         finally:
@@ -142,7 +143,7 @@ class _Plumbing(_View):
         display({"text/html": self._static_html(), "text/plain": repr(self)}, raw=True)
         display(self.widget)
 
-# %% ../nbs/51_widgets.ipynb #cd6e98b0
+# %% ../nbs/51_widgets.ipynb #514a686a
 def _dormancy(explorer) -> str:
     "Whether what is shown is on the model."
     on_model = set(dormant_heads(explorer.model))
@@ -150,10 +151,11 @@ def _dormancy(explorer) -> str:
     return "The model is as shown." if on_model == shown else f"Only shown: {len(on_model)} heads are dormant on the model itself, {len(shown)} here."
 
 
-def _show_controls(explorer) -> None:
+def _show_controls(explorer, follow) -> None:
     position, chosen = explorer.position, explorer.chosen
-    explorer.level.value, explorer.strategy.value, explorer.sentence.value = position.level, position.strategy, explorer.reads
-    explorer.layer.value, explorer.head.value = chosen
+    values = {"level": position.level, "strategy": position.strategy, "sentence": explorer.reads, "layer": chosen[0], "head": chosen[1]}
+    for name in follow:
+        getattr(explorer, name).value = values[name]
     explorer.toggle_button.description = f"{'revive' if explorer.dormant[chosen] else 'gate'} head ({chosen[0]}, {chosen[1]})"
     explorer.undo_button.disabled = not explorer.history
     running = explorer.work is not None
@@ -176,17 +178,17 @@ def _show_parts(explorer) -> None:
         parts["about"].value = html.escape(str(error))
     parts["table"].value = explorer._table_html()
 
-# %% ../nbs/51_widgets.ipynb #91704428
+# %% ../nbs/51_widgets.ipynb #a669ed09
 class _Following(_Plumbing):
     "Verbs after which everything that is shown follows."
 
-    def move(self, *args, **options) -> None:
-        super().move(*args, **options)
-        self.refresh()
+    def move(self, level=None, strategy=None, by_hand=None, follow=True) -> None:
+        super().move(level, strategy, by_hand)
+        self.refresh(follow=("level", "strategy") if follow else ())
 
     def undo(self):
         position = super().undo()
-        self.refresh()
+        self.refresh(follow=("level", "strategy"))
         return position
 
     def apply(self):
@@ -199,16 +201,16 @@ class _Following(_Plumbing):
         self.refresh(f"Saved in {path}, with {int(self.dormant.sum())} dormant heads.")
         return path
 
-    def choose(self, layer: int, head: int) -> None:
+    def choose(self, layer: int, head: int, follow=True) -> None:
         "Look at another head."
         self.chosen = one_head(layer, head, self.exists)
-        self.refresh()
+        self.refresh(follow=("layer", "head") if follow else ())
 
-    def read(self, sentence: str) -> None:
+    def read(self, sentence: str, follow=True) -> None:
         "Look at the heads while the model reads another sentence."
         self.look(sentence)
         self.reads = sentence
-        self.refresh()
+        self.refresh(follow=("sentence",) if follow else ())
 
     def read_everything(self) -> None:
         "Perplexity and attention statistics on all the text, a batch at a time; `cancel` stops it."
@@ -247,7 +249,7 @@ def _assembled(explorer):
         row(widgets.VBox(chart, layout=widgets.Layout(margin="0 2em 0 0", max_width="100%")), parts["attention"], align_items="flex-start"), parts["table"],
     ], layout=whole)
 
-# %% ../nbs/51_widgets.ipynb #7ad2d44b
+# %% ../nbs/51_widgets.ipynb #429d3e78
 class Explorer(_Following):
     """An `Exploration` with its controls: `level`, `strategy`, `layer`, `head`, `sentence`, `folder` (set their `.value`), the buttons `undo_button`, `toggle_button`, `read_button`,
     `cancel_button`, `apply_button`, `save_button` (`.click()`), and `grid.buttons[layer, head]`. `widget` holds all that is shown. Made by `explore`."""
@@ -260,9 +262,9 @@ class Explorer(_Following):
         self.grid = HeadGrid(self.exists, lambda *head: self._tried(self.choose, *head)) if int(self.exists.sum()) <= LARGEST else None
         self._parts = {name: core_widgets().HTML() for name in ("formula", "problem", "status", "picture", "key", "about", "attention", "table")}
         self.widget = _assembled(self)
-        self.refresh()
-        for control, verb in ((self.level, lambda: self.move(level=self.level.value)), (self.strategy, lambda: self.move(strategy=self.strategy.value)),
-                              (self.sentence, lambda: self.read(self.sentence.value)), (self.layer, self._counted), (self.head, self._counted)):
+        self.refresh(follow=("layer", "head"))
+        for control, verb in ((self.level, lambda: self.move(level=self.level.value, follow=False)), (self.strategy, lambda: self.move(strategy=self.strategy.value, follow=False)),
+                              (self.sentence, lambda: self.read(self.sentence.value, follow=False)), (self.layer, self._counted), (self.head, self._counted)):
             control.observe(lambda _, verb=verb: self._tried(verb), "value")
         for button, verb in ((self.undo_button, self.undo), (self.toggle_button, lambda: self.toggle(*self.chosen)), (self.read_button, self.read_everything),
                              (self.cancel_button, self.cancel), (self.apply_button, self.apply), (self.save_button, lambda: self.save(self.folder.value))):
@@ -274,7 +276,7 @@ class Explorer(_Following):
         return self.widget.children
 
     def _counted(self) -> None:
-        self.choose(self.layer.value, self.head.value)
+        self.choose(self.layer.value, self.head.value, follow=False)
 
     def _widgets(self) -> list:
         "Every control and every part."

@@ -599,3 +599,24 @@ def test_widgets_may_be_heard_in_a_thread_of_their_own(parts, maps):
     assert not explorer.whole and explorer.position.level == 0.6 and int(explorer.mask.sum()) == 28 and explorer._parts["problem"].value == ""
     explorer.undo()
     assert shown(explorer) == before
+
+
+def test_a_move_during_an_answer_is_not_taken_back(parts, maps):
+    "Pressing an arrow four times: the later values are there before the first is answered."
+    import threading
+
+    explorer, later = short(parts, scores=maps), []
+
+    def during(*_):
+        if not later:
+            later.append(threading.Thread(target=explorer.level.set_trait, args=("value", 0.6)))
+            later[0].start()
+            later[0].join(0.2)
+
+    handle = parts[0].register_forward_pre_hook(during)
+    try:
+        explorer.level.value = 0.45
+        later[0].join()
+    finally:
+        handle.remove()
+    assert explorer.level.value == 0.6 == explorer.position.level and int(explorer.mask.sum()) == 28
