@@ -178,13 +178,14 @@ def _show_parts(explorer) -> None:
         parts["about"].value = html.escape(str(error))
     parts["table"].value = explorer._table_html()
 
-# %% ../nbs/51_widgets.ipynb #a669ed09
+# %% ../nbs/51_widgets.ipynb #9eede66c
 class _Following(_Plumbing):
     "Verbs after which everything that is shown follows."
 
     def move(self, level=None, strategy=None, by_hand=None, follow=True) -> None:
         super().move(level, strategy, by_hand)
-        self.refresh(follow=("level", "strategy") if follow else ())
+        given = [name for name, value in (("level", level), ("strategy", strategy)) if value is not None]
+        self.refresh(follow=given if follow else ())
 
     def undo(self):
         position = super().undo()
