@@ -105,6 +105,8 @@ def controls(page):
     slider = page.get_by_role("slider").first
     slider.wait_for(timeout=240_000)
     page.locator(ANSWER).first.wait_for()
+    page.wait_for_function("document.querySelectorAll('.plasticity-heads button').length === 48", timeout=60_000)  # cells come one by one
+    page.wait_for_function("document.querySelectorAll('.plasticity-heads button[title]').length === 48", timeout=60_000)
     slider.scroll_into_view_if_needed()
     return slider, page.locator(".widget-dropdown select").first
 
@@ -128,6 +130,7 @@ def wait_for_change(page, before, timeout=60.0):
 
 def test_the_slider_changes_map_and_numbers(page):
     slider, _ = controls(page)
+    page.wait_for_function("(document.querySelector('.plasticity-heads').innerText.match(/×/g) || []).length === 19", timeout=60_000)
     before = seen(page)
     assert "without 19 of 48 heads" in before[2] and "taylor" in before[1] and before[0].count("×") == 19
     shot(page, "light")
