@@ -87,27 +87,38 @@ def command(page, name: str, **options) -> None:
     page.evaluate("([name, options]) => { window.jupyterapp.commands.execute(name, options) }", [name, options])  # does not wait for its end
 
 
+def run_code(page, code: str) -> None:
+    "Run a line in the notebook's kernel, after all cells that wait."
+    page.evaluate("code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code}).done", code)
+
+
 def shot(page, name: str) -> None:
     if SHOTS:
         page.locator(".widget-vbox").first.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
 
 
+STATIC = "div[class^='plasticity-']:has(img)"
+ANSWER = ".widget-html table.plasticity-answer"
+
+
 def controls(page):
     slider = page.get_by_role("slider").first
     slider.wait_for(timeout=240_000)
-    page.locator(".widget-html table").first.wait_for()
+    page.locator(ANSWER).first.wait_for()
+    page.wait_for_function("document.querySelectorAll('.plasticity-heads button').length === 48", timeout=60_000)  # cells come one by one
+    page.wait_for_function("document.querySelectorAll('.plasticity-heads button[title]').length === 48", timeout=60_000)
     slider.scroll_into_view_if_needed()
     return slider, page.locator(".widget-dropdown select").first
 
 
 def seen(page) -> tuple[str, str, str]:
-    "Picture, its description, and the table that the widget shows."
-    picture = page.locator(".widget-html img").first
-    return picture.get_attribute("src"), picture.get_attribute("alt"), page.locator(".widget-html table").first.inner_text()
+    "The map of heads as it is described cell by cell, the head that is looked at, and the table that the widget shows."
+    cells = page.eval_on_selector_all(".plasticity-heads button", "cells => cells.map(cell => cell.title + cell.textContent).join('|')")
+    return cells, page.locator(".widget-html .plasticity-head").first.inner_text(), page.locator(ANSWER).first.inner_text()
 
 
 def wait_for_change(page, before, timeout=60.0):
-    "What is seen once both picture and table are others than before."
+    "What is seen once both map and table are others than before."
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         now = seen(page)
@@ -117,39 +128,74 @@ def wait_for_change(page, before, timeout=60.0):
     raise AssertionError(f"nothing changed: {seen(page)[1:]}")
 
 
-def test_the_slider_changes_picture_and_numbers(page):
+def test_the_slider_changes_map_and_numbers(page):
     slider, _ = controls(page)
+    page.wait_for_function("(document.querySelector('.plasticity-heads').innerText.match(/×/g) || []).length === 19", timeout=60_000)
     before = seen(page)
-    assert "without 19 of 48 heads" in before[2] and "taylor" in before[1]
+    assert "without 19 of 48 heads" in before[2] and "taylor" in before[1] and before[0].count("×") == 19
     shot(page, "light")
     slider.focus()
     for _ in range(4):  # from 40 % to 60 %
         slider.press("ArrowRight")
-    page.wait_for_function("document.querySelector('.widget-html table').innerText.includes('without 28 of 48 heads')", timeout=60_000)
+    page.wait_for_function(f"document.querySelector('{ANSWER}').innerText.includes('without 28 of 48 heads')", timeout=60_000)
     after = seen(page)
-    assert after[0] != before[0] and after[1] != before[1] and page.locator(".widget-readout").first.inner_text() == "60%"
+    assert after[0].count("×") == 28 and page.locator(".widget-readout").first.inner_text() == "60%"
     assert numbers(after[2]) != numbers(before[2])
     shot(page, "light-60")
+
+
+def test_a_head_is_chosen_revived_and_put_back(page):
+    controls(page)
+    before = seen(page)
+    page.locator(".plasticity-heads button[title*='dormant']").first.click()
+    revive = page.get_by_role("button", name=re.compile("revive head"))
+    revive.wait_for()
+    layer, head = re.search(r"revive head \((\d+), (\d+)\)", revive.inner_text()).groups()
+    page.wait_for_function(f"document.querySelector('.widget-html .plasticity-head').innerText.includes('head ({layer}, {head})')", timeout=60_000)
+    assert page.locator(".widget-html .plasticity-attention svg path title").count() > 50  # pointing at a cell says its tokens
+    revive.press("Enter")  # by the keyboard
+    after = wait_for_change(page, before)
+    assert after[0].count("×") == 27 and after[0].count("○") == 1 and "without 27 of 48 heads" in after[2] and "revived by hand" in after[1]
+    shot(page, "light-revived")
+    page.get_by_role("button", name="undo").click()
+    assert wait_for_change(page, after)[::2] == before[::2]
+
+
+def test_tab_goes_past_the_map(page):
+    controls(page)
+    page.get_by_role("button", name="read all the text").focus()
+    for _ in range(6):  # apply, folder, save, and out of the explorer
+        page.keyboard.press("Tab")
+        assert not page.evaluate("document.activeElement.closest('.plasticity-heads') !== null")
+
+
+def test_reading_all_the_text_can_be_cancelled(page):
+    controls(page)
+    run_code(page, "explorer.all_batches = list(explorer.all_batches) * 1000")  # so that there is time to cancel
+    before = seen(page)
+    page.get_by_role("button", name="read all the text").click()
+    page.get_by_role("button", name="cancel").click()
+    page.get_by_text("Cancelled; nothing has changed.").wait_for(timeout=60_000)
+    assert seen(page) == before
 
 
 def numbers(table: str) -> list[str]:
     return re.findall(r"\d+\.\d+", table)
 
 
-def test_the_list_changes_picture_and_numbers(page):
+def test_the_list_changes_map_and_numbers(page):
     _, select = controls(page)
     before = seen(page)
     select.select_option(label="entropy")
     after = wait_for_change(page, before)
-    assert "entropy" in after[1] and numbers(after[2])[0] == numbers(before[2])[0]  # the whole model is the same
+    assert "entropy" in after[0] and numbers(after[2])[0] == numbers(before[2])[0]  # the whole model is the same
     shot(page, "light-entropy")
 
 
 def test_the_static_output_steps_back(page):
     controls(page)
-    assert page.locator("div[class^='plasticity-']").count() == 1
-    assert not page.locator("div[class^='plasticity-']").is_visible()
-    assert page.locator(".widget-html img").count() == 1
+    assert page.locator(STATIC).count() == 1 and not page.locator(STATIC).is_visible()
+    assert page.locator(".plasticity-heads").count() == 1
 
 
 def test_all_cells_run_and_the_page_has_no_errors(page):
@@ -164,7 +210,7 @@ def test_it_is_readable_in_the_dark(page):
     page.locator("body[data-jp-theme-light='false']").wait_for(state="attached", timeout=30_000)
     controls(page)
     text, ground = page.evaluate("""() => {
-        const cell = document.querySelector('.widget-html table b'), rgb = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const cell = document.querySelector('.widget-html table.plasticity-answer b'), rgb = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number);
         let around = cell; while (/rgba?\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(around).backgroundColor)) around = around.parentElement;
         return [rgb(getComputedStyle(cell).color), rgb(getComputedStyle(around).backgroundColor)];
     }""")

@@ -1,5 +1,7 @@
 """The explorer: every control changes mask, figure, numbers and text at once; the model stays as it is."""
+import asyncio
 import gc
+import html
 import json
 import re
 import subprocess
@@ -13,11 +15,14 @@ pytest.importorskip("ipywidgets")
 
 from neural_plasticity.probing import probe  # noqa: E402
 from neural_plasticity.data import load_embedded_model, load_embedded_text, text_dataloader  # noqa: E402
-from neural_plasticity.errors import InvalidArgument, PlasticityError, WrongType  # noqa: E402
+from neural_plasticity.errors import InvalidArgument, PlasticityError, StorageError, WrongType  # noqa: E402
 from neural_plasticity.evaluation import evaluate_model, generate_sample  # noqa: E402
-from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, state_of  # noqa: E402
+from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads, state_of  # noqa: E402
 from neural_plasticity.importance import CRITERIA, criteria_within, criterion, measure_heads  # noqa: E402
 from neural_plasticity.pruning import PruningStrategy, choose_heads  # noqa: E402
+from neural_plasticity.panels import shown_token, strongest_links  # noqa: E402
+from neural_plasticity.patterns import measure_attention  # noqa: E402
+from neural_plasticity.storage import load_pruned  # noqa: E402
 from neural_plasticity.widgets import explore, highest_level, small_slice  # noqa: E402
 
 PROMPT = "The people of this country"
@@ -43,8 +48,17 @@ def short(parts, **options):
     return explore(*parts, prompt=PROMPT, tokens=128, new_tokens=8, **options)
 
 
+PARTS = ("formula", "problem", "key", "about", "attention", "table")
+
+
 def shown(explorer):
-    return explorer.mask.tolist(), explorer.figure, explorer.perplexity, explorer.sample, *(child.value for child in explorer.children[1:])
+    "Everything that is seen: the mask, the numbers, the text, each cell of the map, and the parts of the page."
+    cells = [(button.style.button_color, button.description, button.tooltip, button.layout is explorer.grid.framed) for button in explorer.grid.buttons.values()]
+    return explorer.mask.tolist(), cells, explorer.perplexity, explorer.sample, *(explorer._parts[name].value for name in PARTS)
+
+
+def marks(explorer):
+    return {head: button.description for head, button in explorer.grid.buttons.items() if button.description}
 
 
 def test_a_move_changes_everything_that_is_shown(parts, maps):
@@ -54,11 +68,12 @@ def test_a_move_changes_everything_that_is_shown(parts, maps):
     explorer.level.value = 0.6
     after = shown(explorer)
     assert int(explorer.mask.sum()) == 28
-    mask, figure, perplexity, sample, formula, problem, picture, table = (old != new for old, new in zip(before, after))
-    assert mask and figure and perplexity and picture and table and not formula and not problem
+    mask, cells, perplexity, sample, formula, problem, key, about, attention, table = (old != new for old, new in zip(before, after))
+    assert mask and cells and perplexity and table and not formula and not problem and not key
     explorer.strategy.value = "entropy"
-    mask, figure, perplexity, sample, formula, problem, picture, table = (old != new for old, new in zip(after, shown(explorer)))
-    assert mask and figure and perplexity and formula and picture and table and not problem
+    mask, cells, perplexity, sample, formula, problem, key, about, attention, table = (old != new for old, new in zip(after, shown(explorer)))
+    assert mask and cells and perplexity and formula and key and about and table and not problem
+    assert set(marks(explorer)) == {tuple(head) for head in explorer.mask.nonzero().tolist()} and set(marks(explorer).values()) == {"×"}
     assert explorer.scores is maps["entropy"]
 
 
@@ -179,10 +194,15 @@ def test_an_error_on_the_way_is_shown_and_raised(parts, maps):
 def test_everything_has_a_name_for_those_who_cannot_see_it(parts, maps):
     explorer = short(parts, scores=maps)
     assert explorer.level.description == "prune level" and explorer.strategy.description == "strategy"
-    [alt] = re.findall(r'<img alt="([^"]*)"', explorer.children[3].value)
+    [alt] = re.findall(r'<img alt="([^"]*)"', explorer._static_html())
     layer, head = explorer.mask.nonzero()[0].tolist()
     assert f"layer {layer}: {head}" in alt
-    assert 'aria-live="polite"' in explorer.children[-1].value
+    assert 'aria-live="polite"' in explorer.children[-1].value and 'role="status"' in explorer._parts["status"].value
+    assert re.search(r'<svg role="img" aria-label="Attention of head', explorer._parts["attention"].value)
+    for control in controls(explorer):
+        assert control.description or control.tooltip
+    for (layer, head), button in explorer.grid.buttons.items():
+        assert button.tooltip.startswith(f"layer {layer}, head {head}: {'dormant' if explorer.mask[layer, head] else 'active'}, taylor ")
 
 
 def test_text_of_the_model_is_no_html(parts, maps):
@@ -202,11 +222,11 @@ def test_a_page_without_widgets_shows_the_same(parts, maps, monkeypatch):
     assert explorer.children[-1].value in static["text/html"] and "data:image/png" in static["text/html"]
     assert f"{explorer.perplexity:.2f}" in static["text/plain"]
     [name] = re.findall(r'^<div class="([^"]+)">', static["text/html"])
-    assert f"<style>.{name} {{display: none}}</style>" in explorer.children[3].value  # where the widget lives, it stands alone
+    assert f"<style>.{name} {{display: none}}</style>" in explorer._parts["key"].value  # where the widget lives, it stands alone
 
 
 def test_importing_the_page_does_not_import_ipywidgets():
-    code = "import sys, neural_plasticity.widgets; sys.exit('ipywidgets' in sys.modules)"
+    code = "import sys, neural_plasticity.controls, neural_plasticity.widgets; sys.exit('ipywidgets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -228,7 +248,7 @@ def test_where_the_controls_have_been_nothing_is_computed_again(parts, maps):
     handle.remove()
     assert not passes and explorer.perplexity == explorer.dense_perplexity
     explorer.level.value = 0.4
-    assert [value for value in shown(explorer) if isinstance(value, (float, list, str))] == [value for value in first if isinstance(value, (float, list, str))]
+    assert shown(explorer) == first
 
 
 @pytest.mark.parametrize("enabled", (True, False))
@@ -246,3 +266,357 @@ def test_garbage_is_collected_between_the_answers_and_not_during_one(parts, maps
     finally:
         handle.remove()
         gc.enable() if was else gc.disable()
+
+
+# ---- one head at a time
+
+
+def controls(explorer):
+    return [value for value in vars(explorer).values() if hasattr(value, "description")]
+
+
+def snapshot(model):
+    "Weights, buffers and hooks, to see that nothing was left."
+    hooks = [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
+    return {name: value.clone() for name, value in (*model.state_dict().items(), *model.named_buffers())}, hooks, model.training
+
+
+def same(before, after):
+    return before[1:] == after[1:] and before[0].keys() == after[0].keys() and all(value.equal(after[0][name]) for name, value in before[0].items())
+
+
+def test_a_click_looks_at_a_head_and_changes_nothing_else(parts, maps):
+    explorer = short(parts, scores=maps)
+    before = shown(explorer)
+    explorer.grid.buttons[2, 5].click()
+    after = shown(explorer)
+    assert explorer.chosen == (2, 5) == (explorer.layer.value, explorer.head.value)
+    assert [index for index, (old, new) in enumerate(zip(before, after)) if old != new] == [1, 7, 8]  # the frame in the map, and the head's own parts
+    assert [head for head, button in explorer.grid.buttons.items() if button.layout is explorer.grid.framed] == [(2, 5)]
+    assert "head (2, 5)" in after[7] and not explorer.history
+
+
+def test_a_head_is_gated_and_revived_by_hand(parts, maps):
+    model, _, _, validation = parts
+    explorer = short(parts, scores=maps)
+    asleep, awake = (tuple(heads.nonzero()[0].tolist()) for heads in (explorer.mask, ~explorer.mask))
+    for head, closed, mark in ((asleep, False, "○"), (awake, True, "⊗")):
+        explorer.grid.buttons[head].click()
+        assert explorer.toggle_button.description == f"{'gate' if closed else 'revive'} head ({head[0]}, {head[1]})"
+        explorer.toggle_button.click()
+        assert bool(explorer.mask[head]) == closed and marks(explorer)[head] == mark
+        with gate_heads(model, explorer.mask):
+            assert explorer.perplexity == evaluate_model(model, validation[:1])["perplexity"]
+    assert "2 by hand" in explorer.children[-1].value
+    explorer.level.value = 0.6  # a hand outvotes the strategy wherever the level goes
+    assert not explorer.mask[asleep] and explorer.mask[awake]
+    explorer.grid.buttons[asleep].click()
+    explorer.toggle_button.click()  # as the strategy says: no hand is needed for that
+    assert explorer.mask[asleep] and marks(explorer)[asleep] == "×" and explorer.position.by_hand == {awake: True}
+
+
+def test_every_step_can_be_undone(parts, maps):
+    explorer = short(parts, scores=maps)
+    assert explorer.undo_button.disabled
+    seen = [(explorer.position, shown(explorer))]
+    for step in (lambda: explorer.level.set_trait("value", 0.6), lambda: explorer.toggle_button.click(), lambda: explorer.strategy.set_trait("value", "gradient"),
+                 lambda: explorer.toggle_button.click()):
+        step()
+        seen.append((explorer.position, shown(explorer)))
+    for position, what in reversed(seen[:-1]):
+        assert not explorer.undo_button.disabled
+        explorer.undo_button.click()
+        assert explorer.position == position and shown(explorer) == what
+        assert (explorer.level.value, explorer.strategy.value) == (position.level, position.strategy)
+    assert explorer.undo_button.disabled and explorer.undo() is None and not explorer.history
+
+
+def test_the_keyboard_is_enough(parts, maps):
+    "Whatever a click on the map does, two numbers do; the map is no stop on the way, or the last."
+    explorer = short(parts, scores=maps)
+    explorer.layer.value, explorer.head.value = 3, 7
+    assert explorer.chosen == (3, 7) and "head (3, 7)" in explorer._parts["about"].value
+    assert (explorer.layer.max, explorer.head.max) == (5, 7)
+    buttons = list(explorer.grid.buttons.values())
+    if "tabbable" in buttons[0].trait_names():
+        assert all(button.tabbable is False for button in buttons) and all(getattr(control, "tabbable", None) is not False for control in controls(explorer))
+
+    def stops(widget):
+        return [stop for child in widget.children for stop in stops(child)] if hasattr(widget, "children") else [widget]
+
+    order = [stop for stop in stops(explorer.widget) if stop in controls(explorer) or stop in buttons]
+    assert order[: -len(buttons)] == controls(explorer) and len(controls(explorer)) == 13  # all controls come before the map
+
+
+def test_a_head_that_does_not_exist_is_refused(maps):
+    parts = pieces("llama")
+    explorer = short(parts, scores=measure_heads(parts[0], parts[2], ["taylor"]))
+    chosen = explorer.chosen
+    with pytest.raises(InvalidArgument, match="head"):
+        explorer.choose(0, 99)
+    assert explorer.chosen == chosen
+
+
+def test_what_a_head_looks_at_is_what_the_library_measures(parts, maps):
+    model, tokenizer, *_ = parts
+    explorer = short(parts, scores=maps)
+    explorer.sentence.value = "The <i>sea</i> is calm and the sea is deep."
+    ids = tokenizer(explorer.sentence.value, return_tensors="pt")["input_ids"]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        reference = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    found, statistics, tokens = explorer.look(explorer.sentence.value)
+    assert all(torch.allclose(found[layer], reference[layer][0], atol=1e-5) for layer in range(6)) and len(tokens) == ids.shape[1]
+    measured = measure_attention(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    explorer.grid.buttons[1, 2].click()
+    about, attention = explorer._parts["about"].value, explorer._parts["attention"].value
+    assert f"{float(measured['entropy'][1, 2]):.2f} nats" in about and f"{float(measured['distance'][1, 2]):.2f} tokens" in about
+    layer_map = found[1][2]
+    for query, key in strongest_links(layer_map):
+        tip = f"<title>“{html.escape(shown_token(tokens[query]))}” looks at “{html.escape(shown_token(tokens[key]))}”: {layer_map[query, key]:.1%}</title>"
+        assert tip in attention
+    assert "“<" not in attention and "“&lt;" in attention
+    with pytest.raises(InvalidArgument, match="two or more"):
+        explorer.sentence.value = "a"
+    assert explorer.reads.startswith("The <i>") and 'role="alert"' in explorer._parts["problem"].value
+
+
+def test_closed_without_apply_nothing_is_left(parts, maps):
+    model = parts[0]
+    before, random_state = snapshot(model), torch.get_rng_state()
+    explorer = short(parts, scores=maps)
+    explorer.toggle_button.click()
+    explorer.level.value = 0.7
+    explorer.read_button.click()
+    explorer.undo_button.click()
+    explorer.close()
+    assert state_of(model) is None and same(before, snapshot(model)) and torch.get_rng_state().equal(random_state)
+
+
+# ---- apply and save
+
+
+def test_apply_leaves_what_is_shown_and_undo_takes_it_back():
+    parts = pieces()
+    model = parts[0]
+    before = snapshot(model)
+    explorer = short(parts, scores={"taylor": torch.arange(48.0).view(6, 8)}, level=0.2)
+    explorer.apply_button.click()
+    asleep = [tuple(head) for head in explorer.mask.nonzero().tolist()]
+    assert dormant_heads(model) == asleep and len(asleep) == 9 and "9 heads" in explorer._parts["status"].value
+    perplexity = explorer.perplexity
+    assert evaluate_model(model, explorer.batches)["perplexity"] == perplexity
+    explorer.toggle(*asleep[0])  # the answers do not depend on what is applied
+    assert "Only shown" in explorer._parts["status"].value and dormant_heads(model) == asleep
+    explorer.undo_button.click()
+    assert explorer.perplexity == perplexity
+    explorer.level.value = 0
+    explorer.apply_button.click()
+    assert not dormant_heads(model) and state_of(model) is None and same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("zeroed", (False, True))
+def test_heads_that_slept_before_can_be_revived_and_put_back(zeroed, tmp_path):
+    parts = pieces()
+    model = parts[0]
+    put_to_sleep(model, [(0, 0), (2, 3)], zero_weights=zeroed)
+    before = snapshot(model)
+    explorer = short(parts, scores={"taylor": torch.arange(48.0).view(6, 8)}, level=0)
+    assert explorer.grid.buttons[0, 0].description == "×" and not explorer.mask.any()
+    explorer.toggle(0, 0)
+    assert "1 woken" in explorer.children[-1].value and dormant_heads(model) == [(0, 0), (2, 3)] and same(before, snapshot(model))
+    saved = load_pruned(explorer.save(tmp_path / "model"))
+    assert dormant_heads(saved) == [(2, 3)] and same(before, snapshot(model))
+    explorer.apply()
+    assert dormant_heads(model) == [(2, 3)] and evaluate_model(model, explorer.batches)["perplexity"] == pytest.approx(explorer.perplexity, rel=1e-6)
+    assert evaluate_model(saved, explorer.batches)["perplexity"] == pytest.approx(explorer.perplexity, rel=1e-6)
+    explorer.undo()
+    explorer.apply()
+    assert dormant_heads(model) == [(0, 0), (2, 3)] and same(before, snapshot(model))
+
+
+def test_saving_writes_what_is_shown_and_leaves_the_model_alone(parts, maps, tmp_path):
+    model = parts[0]
+    before, explorer = snapshot(model), short(parts, scores=maps)
+    explorer.folder.value = str(tmp_path / "pruned")
+    explorer.save_button.click()
+    assert "Saved in" in explorer._parts["status"].value and state_of(model) is None and same(before, snapshot(model))
+    saved = load_pruned(tmp_path / "pruned")
+    assert dormant_heads(saved) == [tuple(head) for head in explorer.mask.nonzero().tolist()]
+    assert evaluate_model(saved, explorer.batches)["perplexity"] == explorer.perplexity
+    explorer.level.value = 0.2
+    explorer.save_button.click()  # an earlier save is replaced
+    assert len(dormant_heads(load_pruned(tmp_path / "pruned"))) == 9
+
+
+@pytest.mark.parametrize("folder, error", [("", "InvalidArgument"), ("foreign", "StorageError"), ("file", "StorageError")])
+def test_what_cannot_be_saved_is_said_in_one_line(parts, maps, tmp_path, folder, error):
+    (tmp_path / "foreign").mkdir()
+    for name in ("foreign/letter.txt", "file"):
+        (tmp_path / name).write_text("Dear reader")
+    model = parts[0]
+    before, explorer = snapshot(model), short(parts, scores=maps)
+    explorer.folder.value = str(tmp_path / folder) if folder else "  "
+    explorer.save_button.click()
+    message = explorer._parts["problem"].value
+    assert f"<b>{error}:</b>" in message and "\n" not in message and 'role="alert"' in message
+    assert (tmp_path / "foreign" / "letter.txt").read_text() == (tmp_path / "file").read_text() == "Dear reader"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "foreign"] and state_of(model) is None and same(before, snapshot(model))
+    with pytest.raises((InvalidArgument, StorageError)):  # in code it is raised
+        explorer.save(explorer.folder.value)
+    explorer.undo_button.click()
+    assert explorer._parts["problem"].value == ""
+
+
+def test_heads_that_are_warming_up_are_left_to_it(maps):
+    from neural_plasticity.gates import revive_heads
+
+    parts = pieces()
+    put_to_sleep(parts[0], [(0, 0), (1, 1)])
+    revive_heads(parts[0], [(0, 0)], warmup_steps=4)
+    explorer = short(parts, scores=maps)
+    with pytest.raises(InvalidArgument, match="advance_warmup"):
+        explorer.apply()
+    assert float(state_of(parts[0]).gates[0, 0]) == 0.25
+
+
+# ---- long work
+
+
+def test_all_the_text_is_read_where_no_notebook_listens(parts, maps):
+    model, _, _, validation = parts
+    explorer, shares = short(parts, scores=maps), []
+    explorer.progress.observe(lambda change: shares.append(change.new), "value")
+    explorer.read_button.click()
+    assert shares == [0.5, 1.0] and explorer.work is None and explorer.cancel_button.disabled and explorer.progress.layout.display == "none"
+    table = explorer.children[-1].value
+    assert f"{evaluate_model(model, validation)['perplexity']:.2f}" in table and "perplexity (248 tokens)" in table
+    with gate_heads(model, explorer.mask):
+        assert f"<b>{evaluate_model(model, validation)['perplexity']:.2f}</b>" in table
+    measured = measure_attention(model, validation)
+    for name, values in explorer.statistics.items():
+        torch.testing.assert_close(values, measured[name])
+    assert "all the text" in explorer._parts["about"].value
+    explorer.level.value = 0.6
+    assert "perplexity (248 tokens)" not in explorer.children[-1].value  # that position has not been read
+
+
+def test_cancelled_work_leaves_no_trace(parts, maps):
+    explorer = short(parts, scores=maps)
+    before, model = shown(explorer), snapshot(parts[0])
+    explorer.progress.observe(lambda change: explorer.cancel_button.click(), "value")
+    explorer.read_button.click()
+    assert explorer.work is None and not explorer.whole and explorer.statistics is None and shown(explorer) == before and same(model, snapshot(parts[0]))
+    assert "Cancelled" in explorer._parts["status"].value and explorer.cancel_button.disabled and not explorer.read_button.disabled
+
+
+@pytest.mark.parametrize("cancel", (False, True))
+def test_a_notebook_goes_on_while_all_the_text_is_read(parts, maps, cancel):
+    "Between two batches the page's messages are heard, and the model has no gate closed."
+    explorer = short(parts, scores=maps)
+
+    async def notebook():
+        explorer.read_button.click()
+        assert explorer.work is not None and explorer.progress.layout.display is None and explorer.read_button.disabled
+        while explorer.work is not None:
+            await asyncio.sleep(0)
+            assert "plasticity_open" not in parts[0].__dict__
+            if cancel and explorer.progress.value == 0.5:
+                explorer.cancel_button.click()
+
+    asyncio.run(notebook())
+    assert bool(explorer.whole) != cancel and explorer.progress.layout.display == "none"
+
+
+def test_an_error_in_long_work_is_shown(parts, maps):
+    explorer = short(parts, scores=maps)
+    explorer.all_batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
+    explorer.read_button.click()
+    assert "<b>InvalidArgument:</b>" in explorer._parts["problem"].value and explorer.work is None and not explorer.whole
+
+
+# ---- large models
+
+
+def test_270_heads_share_their_styles():
+    "A map of 30 × 9 heads adds 270 buttons to the page, and not 270 layouts and styles."
+    from neural_plasticity.controls import HeadGrid
+
+    clicked, exists = [], torch.ones(30, 9, dtype=torch.bool)
+    exists[4, 7:] = False
+    grid = HeadGrid(exists, lambda *head: clicked.append(head))
+    scores = torch.arange(270.0).view(30, 9).masked_fill(~exists, torch.nan)
+    kinds = dict.fromkeys(grid.buttons, "active")
+    assert grid.show(scores, kinds, (0, 0), "taylor") == (0, 269) and len(grid.buttons) == 268
+    assert len({button.layout.model_id for button in grid.buttons.values()} | {button.style.model_id for button in grid.buttons.values()}) == 2 + 16
+    changed = []
+    for button in grid.buttons.values():
+        button.observe(changed.append)
+    grid.show(scores, kinds | {(3, 3): "dormant"}, (0, 0), "taylor")
+    assert {change.owner for change in changed} == {grid.buttons[3, 3]}
+    grid.buttons[29, 8].click()
+    assert clicked == [(29, 8)]
+
+
+def test_beyond_what_a_page_can_carry_a_picture_stands_there(parts, maps, monkeypatch):
+    import neural_plasticity.widgets
+
+    monkeypatch.setattr(neural_plasticity.widgets, "LARGEST", 40)
+    explorer = short(parts, scores=maps)
+    assert explorer.grid is None and "<img alt=" in explorer._parts["picture"].value
+    before = explorer._parts["picture"].value
+    explorer.layer.value, explorer.head.value = 1, 1
+    explorer.toggle_button.click()
+    assert explorer.chosen == (1, 1) and explorer._parts["picture"].value != before
+
+
+def test_widgets_may_be_heard_in_a_thread_of_their_own(parts, maps):
+    "JupyterLab 4 on ipykernel 7 hears a click in another thread while a piece of work is under way."
+    import threading
+
+    explorer, clicks = short(parts, scores=maps), []
+    before = shown(explorer)
+
+    def during(*_):  # in the middle of a forward pass
+        if not clicks:
+            clicks.extend([threading.Thread(target=explorer.cancel_button.click), threading.Thread(target=explorer.level.set_trait, args=("value", 0.6))])
+            for click in clicks:
+                click.start()
+            clicks[0].join(0.2)
+            assert clicks[0].is_alive()  # it waits for the piece
+
+    handle = parts[0].register_forward_pre_hook(during)
+    try:
+        async def notebook():
+            explorer.read_button.click()
+            while explorer.work is not None or any(click.is_alive() for click in clicks):
+                await asyncio.sleep(0.01)
+
+        asyncio.run(notebook())
+    finally:
+        handle.remove()
+    assert not explorer.whole and explorer.position.level == 0.6 and int(explorer.mask.sum()) == 28 and explorer._parts["problem"].value == ""
+    explorer.undo()
+    assert shown(explorer) == before
+
+
+def test_a_move_during_an_answer_is_not_taken_back(parts, maps):
+    "Pressing an arrow four times: the later values are there before the first is answered."
+    import threading
+
+    explorer, later = short(parts, scores=maps), []
+
+    def during(*_):
+        if not later:
+            later.append(threading.Thread(target=explorer.level.set_trait, args=("value", 0.6)))
+            later[0].start()
+            later[0].join(0.2)
+
+    handle = parts[0].register_forward_pre_hook(during)
+    try:
+        explorer.level.value = 0.45
+        later[0].join()
+    finally:
+        handle.remove()
+    assert explorer.level.value == 0.6 == explorer.position.level and int(explorer.mask.sum()) == 28
