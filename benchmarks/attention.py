@@ -209,7 +209,7 @@ def tuned_problem(size, dtype, length):
 
 
 def compiled(case):
-    "Compile one kernel, into Triton's cache; False if it does not fit."
+    "Compile one kernel, into Triton's cache; the name of the error if that fails, else None."
     from neural_plasticity.attention_kernel import kernel_statistics
     size, dtype, wanted, shape = case
     try:
