@@ -8,6 +8,7 @@ __all__ = ['why_not_fused', 'fused_statistics']
 # %% ../nbs/13_fused_call.ipynb #182fb693
 import functools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -99,6 +100,8 @@ def _rows_statistics(problem, statistics, query, key, rows, reached, is_causal=F
 def fused_statistics(problem: AttentionProblem, statistics: tuple[str, ...]) -> dict[str, Tensor]:
     "Statistics [B,H,T] by the identity. `why_not_fused` must have nothing against it."
     problem, masks = problem.upcast(), problem.masks
+    if problem.scale <= 0:  # the operator multiplies the -inf of hidden keys by the scale, too
+        problem = replace(problem, query=problem.query * problem.scale, scale=1.0)
     # the operator reads the last dimension as if it were contiguous, and answers wrongly otherwise
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.query, problem.key))
     queries, keys = masks.shape[2:]

@@ -30,7 +30,9 @@ def _entry(rank, work, size, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
     torch.save(work(), folder / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # a thread of gloo can outlive the groups of a device mesh, and then the interpreter's end aborts the process
 
 
 def in_two_processes(work, folder):

@@ -89,6 +89,16 @@ def test_every_way_equals_the_definitions(problem):
             assert_same(attention_statistics(query, key, fused, **arguments), expected)
 
 
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_a_scale_of_zero_or_below_hides_what_masks_hide(scale):
+    "Fused attention multiplies the -inf of a hidden key by the scale, which makes NaN of it, or the largest logit of all."
+    for length, is_causal, padding in ((2, True, None), (40, True, None), (40, False, torch.arange(40)[None] > 5), (40, True, torch.arange(40)[None] > 5)):
+        query, key = random_qk(3, 1, 2, 1, length, length, 8)
+        query[:, :, 0] = 0.0
+        arguments = {"scale": scale, "is_causal": is_causal, "attention_mask": padding}
+        assert_same(attention_statistics(query, key, ("entropy", "first", "self"), **arguments, path="fused"), reference(query, key, **arguments))
+
+
 def test_only_what_is_asked_for_is_returned():
     query, key = random_qk(2)
     for name in ALL:
