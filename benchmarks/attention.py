@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -34,13 +33,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from common import RESULTS, device_name
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from neural_plasticity import attention_entropy, attention_statistics, measure_attention, measure_entropy
 from neural_plasticity.row_blocks import STATISTICS, state_problem
 from neural_plasticity.streaming import statistics_path
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PLANS = {  # heads, head sizes, lengths, longest map, rounds; base case of the growth curves (heads, length, head size); model
     "cpu": dict(heads=12, sizes=(64, 128), lengths=(512, 1024, 2048, 4096), maps=2048, rounds=15, base=(8, 1024, 64),
                 model=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, vocab_size=32000), length=1024),
@@ -239,13 +238,6 @@ def tune():
     return found
 
 
-def processor() -> str:
-    try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -258,8 +250,7 @@ def main():
         torch.set_num_threads(arguments.threads)
     device, plan = torch.device(arguments.device), PLANS["quick" if arguments.quick else arguments.device]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    found = {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": transformers.__version__}
+    found = {"device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": transformers.__version__}
     if arguments.tune:
         found["tune"] = tune()
     else:

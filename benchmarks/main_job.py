@@ -16,7 +16,9 @@ Run (about five minutes on two cores)
     python benchmarks/main_job.py --quick       does it run? Its times mean nothing and are kept only with --out
 """
 import argparse
+import importlib
 import json
+import operator
 import os
 import platform
 import statistics
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,34 +43,10 @@ POSITIONS = [(0.35, "taylor"), (0.25, "taylor"), (0.25, "fisher"), (0.5, "fisher
              (0.6, "gradient"), (0.6, "brain_surgeon"), (0.3, "brain_surgeon"), (0.3, "entropy"), (0.45, "entropy"), (0.45, "activation_norm")]
 
 
-@contextmanager
-def timed(places, spent: list):
-    "While open, the seconds of every call of these functions are added to `spent`."
-    import importlib
-
-    undo = []
-    for module, path in places:
-        holder, (*parents, name) = importlib.import_module(module), path.split(".")
-        for parent in parents:
-            holder = getattr(holder, parent)
-        undo.append((holder, name, getattr(holder, name)))
-
-    def watched(function):
-        def call(*args, **kwargs):
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent.append(time.perf_counter() - begin)
-        return call
-
-    try:
-        for holder, name, function in undo:
-            setattr(holder, name, watched(function))
-        yield
-    finally:
-        for holder, name, function in undo:
-            setattr(holder, name, function)
+def found(module: str, path: str) -> tuple:
+    "The holder of a function and its name there."
+    *parents, name = path.split(".")
+    return operator.attrgetter(".".join(parents))(importlib.import_module(module)) if parents else importlib.import_module(module), name
 
 
 def busy_seconds() -> float | None:
@@ -93,12 +71,14 @@ def phases(record: list[dict], begin: float) -> list[dict]:
 
 def run(config, prepared) -> dict:
     "The main job."
+    from common import clocked
+
     from neural_plasticity.experiment import read_record, run_experiment
 
     spent = {name: [] for name in WITHIN}
     with ExitStack() as clocks:
         for name, places in WITHIN.items():
-            clocks.enter_context(timed(places, spent[name]))
+            clocks.enter_context(clocked([found(*place) for place in places], spent[name]))
         started, begin, used, busy = time.time(), time.perf_counter(), time.process_time(), busy_seconds()
         result = run_experiment(config, prepared, progress=False)
         seconds, used = time.perf_counter() - begin, time.process_time() - used
@@ -139,13 +119,6 @@ def demo() -> dict:
     return {"seconds": round(seconds, 2)}
 
 
-def processor() -> str:
-    "The model of the processor."
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="processor threads that torch may use; default: as many as it would use anyway")
@@ -163,6 +136,8 @@ def main():
     from neural_plasticity.experiment import ExperimentConfig, prepare_experiment
 
     importing = time.perf_counter() - begin
+    from common import device_name  # here, so that what it imports is not left out of the time
+
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +145,7 @@ def main():
         begin = time.perf_counter()
         prepared = prepare_experiment(config)
         result = {"schema": 1, "quick": options.quick, "command": "python benchmarks/main_job.py" + (f" --threads {options.threads}" if options.threads else "") + " --quick" * options.quick,
-                  "environment": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"), "python": platform.python_version(), "torch": torch.__version__,
+                  "environment": {"processor": device_name(torch.device("cpu")), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"), "python": platform.python_version(), "torch": torch.__version__,
                                   "transformers": transformers.__version__},
                   "import_seconds": round(importing, 2), "prepare_seconds": round(time.perf_counter() - begin, 2)}
         result["slider"] = slider(prepared, POSITIONS[:3] if options.quick else POSITIONS)

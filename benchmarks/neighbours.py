@@ -27,19 +27,16 @@ Run (a few minutes each; on a machine with nothing else to do)
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import transformers
+from common import command, environment, free, out_file, parsed, parser_for, write
 from neighbours_entropy import Size, entropy_rows, known_version, memory_job, variants
 from neighbours_pruning import KINDS, MASKS, WAYS, drawing_rows, importance_rows, pruning_job
-from removal_latency import device_name, free, write
 
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -119,30 +116,6 @@ def line_of(row):
     return "  ".join(words)
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="what entropy and importance are measured in")
-    parser.add_argument("--threads", type=int, help="processor threads that torch may use; default: as many as it would use anyway")
-    parser.add_argument("--rounds", type=int, help="counted rounds; default: 5, with --quick 3")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/neighbours_<device>.json; with --quick nothing is kept")
-    parser.add_argument("--quick", action="store_true", help="tiny models and three rounds, to see that it runs")
-    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)  # a fresh process for one variant
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here; leave --device out to measure on the processor")
-    if options.rounds is not None and options.rounds < 3 or options.threads is not None and options.threads < 1:
-        parser.error("at least three rounds, for quartiles, and one thread")
-    return options
-
-
-def command(options):
-    "What to type for the same again, wherever the results are to go."
-    words = ["python", "benchmarks/neighbours.py", "--device", options.device, "--dtype", options.dtype, "--threads", torch.get_num_threads()]
-    words += ["--rounds", options.rounds] if options.rounds else []
-    return " ".join(map(str, words + (["--quick"] if options.quick else [])))
-
-
 def run_job(name, *rest):
     if name == "memory":
         plan, place, variant, dtype = rest
@@ -151,21 +124,23 @@ def run_job(name, *rest):
         pruning_job(*rest)
 
 
+def arguments():
+    parser = parser_for(__doc__, "what entropy and importance are measured in", rounds=5, name="neighbours")
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)  # a fresh process for one variant
+    return parsed(parser)
+
+
 def main():
     options = arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, by nobody
     transformers.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.job:
         return run_job(*options.job)
     device, dtype, rounds = torch.device(options.device), getattr(torch, options.dtype), options.rounds or (3 if options.quick else 5)
     plan = "quick" if options.quick else options.device
-    out = options.out or (None if options.quick else RESULTS / f"neighbours_{options.device}.json")
+    out = out_file("neighbours", options)
     result = {
-        "schema": 1, "quick": options.quick, "command": command(options),
-        "environment": {"device": options.device, "device_name": device_name(device), "dtype": options.dtype, "threads": torch.get_num_threads(),
-                        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "schema": 1, "quick": options.quick, "command": command("neighbours", options), "environment": environment(options),
         "rounds": rounds, "models": [asdict(what) for what, _ in PLANS[plan]["entropy"] if not isinstance(what, str)],
         "neighbours": [asdict(known) | {"installed": known_version(known.package)} for known in NEIGHBOURS], "rows": [],
     }

@@ -6,7 +6,6 @@ import math
 import resource
 import statistics
 import sys
-import time
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from removal_latency import free, short, wait_for
+from common import free, seconds_of, short, wait_for
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -230,14 +229,6 @@ def map_bytes(model, tokens):
     return model.config.num_hidden_layers * model.config.num_attention_heads * tokens**2 * next(model.parameters()).dtype.itemsize
 
 
-def timed(call, device):
-    wait_for(device)
-    begin = time.perf_counter()
-    call()
-    wait_for(device)
-    return time.perf_counter() - begin
-
-
 def first_calls(calls_of, device, host_bytes):
     "Warm up: what each variant returns, which did not fit, and on a GPU the peak bytes beyond what was there."
     returned, outcomes, peaks = {}, {}, {}
@@ -273,7 +264,7 @@ def entropy_rows(what, lengths, device, dtype, rounds):
         ran, seconds = list(returned), {name: [] for name in returned}
         for turn in range(rounds):
             for name in ran[turn % len(ran):] + ran[: turn % len(ran)]:
-                seconds[name].append(timed(calls_of[name], device))
+                seconds[name].append(seconds_of(calls_of[name], device))
         exact = {attention: reference(models[name], ids, attention) for name, attention in (("forward", "sdpa"), ("maps", "eager")) if outcomes[name] == "ran"}
         for name, (_, attention, how) in variants().items():
             row = {"part": "entropy", "model": what if isinstance(what, str) else what.name, "tokens": tokens, "variant": name, "how": how, "outcome": outcomes[name]}

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from neighbours_entropy import Size, bridged, known_version, llama, one_line, silence, timed, tokens_for
-from removal_latency import short
+from common import seconds_of, short
+from neighbours_entropy import Size, bridged, known_version, llama, one_line, silence, tokens_for
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from neural_plasticity import gate_heads, load_embedded_model, load_pruned, measure_heads, remove_heads, save_pruned
@@ -93,7 +93,7 @@ def importance_rows(kind, width, layers, samples, tokens, device, dtype, rounds)
     seconds, ran, rows = {name: [] for name in found}, list(found), []
     for turn in range(rounds):
         for name in ran[turn % len(ran):] + ran[: turn % len(ran)]:
-            seconds[name].append(timed(calls_of[name], device))
+            seconds[name].append(seconds_of(calls_of[name], device))
     for name in calls_of:
         row = {"part": "importance", "model": kind, "width": width, "layers": layers, "samples": samples, "tokens": tokens, "variant": name, "outcome": outcomes[name]}
         if name in found:

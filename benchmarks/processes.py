@@ -11,9 +11,9 @@ import os
 import statistics
 import tempfile
 import time
-from contextlib import contextmanager
 
 import torch
+from common import clocked
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from neural_plasticity.compensation import compensate_heads
@@ -121,35 +121,11 @@ def measuring_seconds(device) -> float:
     return statistics.median(found[1:])
 
 
-@contextmanager
-def clocked():
-    "Seconds of every call of the callback and of its optimizer hooks, while open."
-    spent: list[float] = []
-
-    def watched(method):
-        def call(*args, **kwargs):
-            begin = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                spent.append(time.perf_counter() - begin)
-        return call
-
-    places = [(PlasticityCallback, "on_optimizer_step"), (PlasticityCallback, "on_step_end"), (HeadwiseUpdates, "_before_step"), (HeadwiseUpdates, "_after_step")]
-    kept = [(home, name, getattr(home, name)) for home, name in places]
-    for home, name, method in kept:
-        setattr(home, name, watched(method))
-    try:
-        yield spent
-    finally:
-        for home, name, method in kept:
-            setattr(home, name, method)
-
-
 def overhead(device, steps: int = 25) -> dict:
     """What the callback costs in steps in which nothing happens: the seconds inside it and its hooks, where no tensor is touched. Whole runs with and without it
     would have to be many to tell a fraction of a percent from the scatter of steps."""
-    with clocked() as spent:
+    places = [(PlasticityCallback, "on_optimizer_step"), (PlasticityCallback, "on_step_end"), (HeadwiseUpdates, "_before_step"), (HeadwiseUpdates, "_after_step")]
+    with clocked(places, []) as spent:
         seconds, _ = step_seconds(device, PlasticityCallback(PlasticitySchedule(regrow_every=10**6), [None]), 0.0, sharded=False, steps=steps)
     each = sum(sorted(spent)[:-8]) / steps  # the first calls prepare
     return {"step_with_callback": seconds, "callback_seconds": each, "overhead": each / seconds}

@@ -28,26 +28,19 @@ Run (a few minutes each; on a machine with nothing else to do)
     python benchmarks/removal_latency.py --device cuda --dtype bfloat16 --threads 1
     python benchmarks/removal_latency.py --quick       does it run? Tiny models; its times mean nothing and are kept only with --out
 """
-import argparse
-import gc
-import json
 import math
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
+from common import command, environment, free, launching_of, out_file, parsed, parser_for, seconds_of, short, write
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from neural_plasticity import model_cost, remove_heads
 
-RESULTS = Path(__file__).resolve().parent / "results"
 REMOVED = (0.0, 0.25, 0.5, 0.75)  # shares of the heads; 0 is what the others are compared with
 MODES = {"cpu": ("eager",), "cuda": ("eager", "graph")}
 UNMASKED = "sdpa_unmasked"
@@ -177,13 +170,6 @@ def recorded(calls_of):
     return replays, failures
 
 
-def free(device):
-    "Give the memory of dead graphs and models back."
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def costs(model, inputs, case, size, removed, cache_bytes_per_token):
     "Operations of one call, and for a decode step the bytes that it cannot help reading."
     flops = model_cost(model, batch=inputs)["flops"]
@@ -194,33 +180,6 @@ def costs(model, inputs, case, size, removed, cache_bytes_per_token):
     embeddings = model.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in model.parameters()) - embeddings
     return {"flops": flops, "bytes": int(weights * model.dtype.itemsize + case.batch * case.length * cache_bytes_per_token)}
-
-
-def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(call, device, calls):
-    "Seconds of one call, the mean of some in a row."
-    wait_for(device)
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    wait_for(device)
-    return (time.perf_counter() - begin) / calls
-
-
-def launching_of(call, device):
-    "Share of a call that passes before all its kernels are launched; None on a processor. Of one call: the queue must not fill up."
-    if device.type != "cuda":
-        return None
-    wait_for(device)
-    begin = time.perf_counter()
-    call()
-    launched = time.perf_counter() - begin
-    wait_for(device)
-    return launched / (time.perf_counter() - begin)
 
 
 @torch.inference_mode()
@@ -237,11 +196,6 @@ def measure(calls_of, device, rounds, warmup):
             if turn >= warmup:
                 samples[variant].append(sample)
     return samples, calls
-
-
-def short(number):
-    "Five digits are more than a clock is good for."
-    return float(f"{number:.5g}")
 
 
 def rows_of(case, size, mode, costs_of, samples, calls, models):
@@ -298,15 +252,6 @@ def benchmark(size, cases, mode, device, dtype, rounds, warmup):
     return rows, notes
 
 
-def device_name(device):
-    "The model of the processor or GPU."
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def line_of(row):
     "A row for people."
     lower, upper = row["ratio_quartiles"]
@@ -318,52 +263,18 @@ def line_of(row):
     return text + (f"  launching {row['launching']:.0%}" if row["launching"] else "")
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="what the models are timed in")
-    parser.add_argument("--threads", type=int, help="processor threads that torch may use; default: as many as it would use anyway")
-    parser.add_argument("--rounds", type=int, help="counted rounds; default: 15, with --quick 3")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/removal_latency_<device>.json; with --quick nothing is kept")
-    parser.add_argument("--quick", action="store_true", help="tiny models and three rounds, to see that it runs")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here; leave --device out to measure on the processor")
-    if options.rounds is not None and options.rounds < 3 or options.threads is not None and options.threads < 1:
-        parser.error("at least three rounds, for quartiles, and one thread")
-    return options
-
-
-def command(options):
-    "What to type for the same again, wherever the results are to go."
-    words = ["python", "benchmarks/removal_latency.py", "--device", options.device, "--dtype", options.dtype, "--threads", torch.get_num_threads()]
-    words += ["--rounds", options.rounds] if options.rounds else []
-    return " ".join(map(str, words + (["--quick"] if options.quick else [])))
-
-
-def write(out, result):
-    "The result as JSON, a row a line."
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(result | {"rows": []}, indent=1).removesuffix("[]\n}")
-    out.write_text(head + "[\n  " + ",\n  ".join(map(json.dumps, result["rows"])) + "\n ]\n}\n", encoding="utf-8")
-
-
 def main():
-    options = arguments()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser_for(__doc__, "what the models are timed in", name="removal_latency"))
     device = torch.device(options.device)
     rounds = options.rounds or (3 if options.quick else 15)
     warmup = 1 if options.quick else 2
     sizes, cases = PLANS["quick" if options.quick else options.device]
     result = {
         "schema": 2, "quick": options.quick,
-        "command": command(options),
-        "environment": {"device": options.device, "device_name": device_name(device), "dtype": options.dtype, "threads": torch.get_num_threads(),
-                        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "command": command("removal_latency", options), "environment": environment(options),
         "rounds": rounds, "warmup_rounds": warmup, "models": [asdict(size) for size in sizes], "notes": [], "rows": [],
     }
-    out = options.out or (None if options.quick else RESULTS / f"removal_latency_{options.device}.json")
+    out = out_file("removal_latency", options)
     for mode in MODES[options.device]:  # all of one mode first: a recording that fails badly cannot spoil an eager row
         for size in sizes:
             rows, notes = benchmark(size, cases, mode, device, getattr(torch, options.dtype), rounds, warmup)

@@ -32,19 +32,15 @@ Run (on a machine with nothing else to do)
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --threads 1
     python benchmarks/scoring.py --quick       does it run? Tiny models; its times mean nothing and are kept only with --out
 """
-import argparse
-import gc
-import json
 import math
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
+from common import command, environment, free, launching_of, out_file, parsed, parser_for, seconds_of, short, wait_for, write
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -53,7 +49,6 @@ from neural_plasticity import measure_heads
 from neural_plasticity.importance import collect_quantities
 from neural_plasticity.loss_kernels import working
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BASE = "training step"  # what the others are compared with
 
 
@@ -147,40 +142,6 @@ def batches_in(name):
     return BATCHES if name in ("taylor", "four criteria", "taylor, grams", "checkpointed") else 1
 
 
-def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free(device):
-    "Give the memory of dead models back."
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def seconds_of(call, device, calls):
-    "Seconds of one call, the mean of some in a row."
-    wait_for(device)
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    wait_for(device)
-    return (time.perf_counter() - begin) / calls
-
-
-def launching_of(call, device):
-    "Share of a call that passes before all its kernels are launched. Of a call that ends by fetching numbers it is 1; None on a processor."
-    if device.type != "cuda":
-        return None
-    wait_for(device)
-    begin = time.perf_counter()
-    call()
-    launched = time.perf_counter() - begin
-    wait_for(device)
-    return launched / (time.perf_counter() - begin)
-
-
 def peak_of(call, device):
     "Bytes that a call had allocated at most, beyond what was there; None on a processor."
     if device.type != "cuda":
@@ -225,11 +186,6 @@ def measure(calls_of, device, rounds, warmup):
             if turn >= warmup:
                 samples[name].append(seconds)
     return samples
-
-
-def short(number):
-    "Five digits are more than a clock is good for."
-    return None if number is None else float(f"{number:.5g}")
 
 
 def flops_of(call):
@@ -329,15 +285,6 @@ def sweep(name, sizes, device, dtype, rounds, warmup, notes):
     return rows, fits
 
 
-def device_name(device):
-    "The model of the processor or GPU."
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def line_of(row):
     "A row for people."
     text = f"{row['activation']:18}{row['variant']:18}{row['seconds'] * 1e3:9.2f} ms"
@@ -349,59 +296,26 @@ def line_of(row):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    parser.add_argument("--threads", type=int, help="processor threads that torch may use; default: as many as it would use anyway")
-    parser.add_argument("--rounds", type=int, help="counted rounds of the main comparison; default: 15, with --quick 3")
+    parser = parser_for(__doc__, name="scoring")
     parser.add_argument("--limit", type=float, help="seconds after which no further sweep begins; default: 900, on a GPU 120")
     parser.add_argument("--without-sweeps", action="store_true", help="the main comparison alone")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/scoring_<device>.json; with --quick nothing is kept")
-    parser.add_argument("--quick", action="store_true", help="tiny models and three rounds, to see that it runs")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here; leave --device out to measure on the processor")
-    if options.rounds is not None and options.rounds < 3 or options.threads is not None and options.threads < 1:
-        parser.error("at least three rounds, for quartiles, and one thread")
-    return options
-
-
-def command(options):
-    "What to type for the same again, wherever the results are to go."
-    words = ["python", "benchmarks/scoring.py", "--device", options.device, "--dtype", options.dtype, "--threads", torch.get_num_threads()]
-    words += ["--rounds", options.rounds] if options.rounds else []
-    words += ["--limit", options.limit] if options.limit else []
-    words += ["--without-sweeps"] * options.without_sweeps + ["--quick"] * options.quick
-    return " ".join(map(str, words))
-
-
-def write(out, result):
-    "The result as JSON, a row a line."
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lists = ("notes", "rows", "profile", "sweeps", "fits")
-    head = json.dumps({name: value for name, value in result.items() if name not in lists}, indent=1).removesuffix("\n}")
-    parts = [f' "{name}": [' + ",".join("\n  " + json.dumps(row) for row in result[name]) + ("\n ]" if result[name] else "]") for name in lists]
-    out.write_text(",\n".join([head, *parts]) + "\n}\n", encoding="utf-8")
+    return parsed(parser)
 
 
 def main():
     options = arguments()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     device, dtype, begin = torch.device(options.device), getattr(torch, options.dtype), time.perf_counter()
     rounds, warmup = options.rounds or (3 if options.quick else 15), 1 if options.quick else 2
     size, scales = PLANS["quick" if options.quick else options.device]
     kernels, reason = working(torch.device("cuda", torch.cuda.current_device()), dtype) if device.type == "cuda" else (False, "on a processor")
     result = {
-        "schema": 1, "quick": options.quick, "command": command(options),
-        "environment": {"device": options.device, "device_name": device_name(device), "dtype": options.dtype, "threads": torch.get_num_threads(), "python": platform.python_version(),
-                        "torch": torch.__version__, "transformers": transformers.__version__},
+        "schema": 1, "quick": options.quick, "command": command("scoring", options, *["--limit", options.limit] * bool(options.limit), *["--without-sweeps"] * options.without_sweeps), "environment": environment(options),
         "loss": "two kernels" if kernels else f"some rows at a time ({reason})", "rounds": rounds, "warmup_rounds": warmup, "model": asdict(size) | {"width": size.width},
         "notes": [], "rows": [], "profile": [], "sweeps": [], "fits": [],
     }
     print(f"{result['environment']['device_name']}, {options.dtype}, {size}; loss: {result['loss']}", flush=True)
-    out = options.out or (None if options.quick else RESULTS / f"scoring_{options.device}.json")
+    out = out_file("scoring", options)
     for activation in ("gelu_new", "gelu_pytorch_tanh"):
         rows, table = compare(size, activation, device, dtype, rounds, warmup, result["notes"])
         result["rows"] += rows
@@ -425,7 +339,7 @@ def main():
         free(device)
     result["took_seconds"] = short(time.perf_counter() - begin)
     if out:
-        write(out, result)
+        write(out, result, ("notes", "rows", "profile", "sweeps", "fits"))
         print(f"kept in {out}")
 
 

@@ -1,6 +1,9 @@
 """What the tests of the house itself share: where things stand, and how notebooks and the sidebar are read."""
 import configparser
+import importlib
 import json
+import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,18 @@ NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints"
 def page(path):
     "A notebook's name as the sidebar writes it, such as `explanations/seeds.ipynb`."
     return path.relative_to(NBS).as_posix()
+
+
+@contextmanager
+def imported_script(name):
+    "A benchmark as a module, found beside its neighbours as when it is run."
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+        for module in (name, "common"):
+            sys.modules.pop(module, None)
 
 
 @cache

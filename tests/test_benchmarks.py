@@ -1,5 +1,4 @@
 """The benchmark of removal runs, covers what it promises, and counts right. Its times are never judged."""
-import importlib.util
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from house import ROOT
+from house import ROOT, imported_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,11 +20,8 @@ SCRIPT = ROOT / "benchmarks" / "removal_latency.py"
 @pytest.fixture(scope="module")
 def benchmark():
     "The script as a module."
-    spec = importlib.util.spec_from_file_location("removal_latency", SCRIPT)
-    module = sys.modules["removal_latency"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["removal_latency"]
+    with imported_script("removal_latency") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

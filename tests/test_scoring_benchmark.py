@@ -1,5 +1,4 @@
 """The benchmark of scoring runs, compares what it says, and counts right. Its times are never judged."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -7,9 +6,7 @@ import sys
 
 import pytest
 import torch
-from house import ROOT
-
-from neural_plasticity.importance import CRITERIA
+from house import ROOT, imported_script
 
 SCRIPT = ROOT / "benchmarks" / "scoring.py"
 
@@ -17,11 +14,8 @@ SCRIPT = ROOT / "benchmarks" / "scoring.py"
 @pytest.fixture(scope="module")
 def benchmark():
     "The script as a module."
-    spec = importlib.util.spec_from_file_location("scoring", SCRIPT)
-    module = sys.modules["scoring"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["scoring"], CRITERIA["signed_taylor"]
+    with imported_script("scoring") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
