@@ -96,9 +96,10 @@ def test_a_worker_that_dies_costs_its_cell_only(module):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_sweep_goes_on_and_leaves_nobody_behind(module, number):
     script = f"""
-import sys
+import signal, sys
 sys.path.insert(0, {str(module / 'code')!r})
 from neural_plasticity.cells import run_cells
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 if __name__ == "__main__":
     run_cells("cells_of_a_test:work", {cells(module, *range(4), slow=1.5)!r}, {str(module / 'out')!r}, workers=2, progress=False)
 """

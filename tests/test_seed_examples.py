@@ -76,12 +76,17 @@ def test_cross_platform_api(supplied, capsys):
     assert names["results"]["strategy"] == "combined"
 
 
-@pytest.mark.parametrize("document", ["modularization_summary", "module_readme"])
-def test_whole_loop(document, supplied):
-    names = run_document(document, supplied)
+def test_whole_loop(supplied):
+    names = run_document("module_readme", supplied)
     check_cycle(names["results"] | {"model": names["model"]}, level=0.2)
     assert names["results"]["training_metrics"]["step"][-1] == 500
     assert names["results"]["final_metrics"]["perplexity"] < names["results"]["pruned_metrics"]["perplexity"]
+
+
+def test_the_summary_is_the_beginning_of_the_whole_loop():
+    "So it need not run once more."
+    summary, whole = ([path.read_text().strip() for path in sorted(FOLDER.glob(f"{name}_*.py"))] for name in ("modularization_summary", "module_readme"))
+    assert len(summary) == len(whole) == 1 and whole[0].startswith(summary[0])
 
 
 def test_every_document_is_run():
