@@ -85,7 +85,7 @@ def test_a_model_of_270_heads_stays_small_and_every_head_has_its_words(page):
 def test_text_is_never_markup(page):
     found = Page(page)
     assert len(found.scripts) == 1 and "alert" not in found.scripts[0]
-    assert page.count("&lt;script&gt;alert") == 3 and "<script>alert" not in page  # sample, removal, configuration
+    assert page.count("&lt;script&gt;alert") == 4 and "<script>alert" not in page  # headline, sample, removal, configuration
 
 
 def test_it_compares_with_control_and_chance(page):
