@@ -65,13 +65,13 @@ class ComparisonTable(list):
     def _repr_html_(self):
         return as_html(self.cells())
 
-# %% ../nbs/41_report.ipynb #ff4e74cd
+# %% ../nbs/41_report.ipynb #e02bbcef
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f23; --paper: #ffffff; --muted: #5b6570; --line: #d5d9de; --data: #0a5fa5; --bad: #b84a00; --good: #007a53; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181c; --muted: #a3adb8; --line: #3a3f46; --data: #62b0ee; --bad: #ff9a57; --good: #4cc79a; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { border-bottom: 1px solid var(--line); padding: .35rem .7rem; white-space: nowrap; } th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; } .said { white-space: pre-line; }
-.settings td + td { white-space: normal; } .of { color: var(--muted); } figure { margin: 1.5rem 0; } figcaption, output { color: var(--muted); font-size: .9rem; } output { display: block; min-height: 1.5em; } output:empty::before { content: 'Point at a mark, touch it, or walk with the arrow keys.'; }
+.settings td + td { white-space: normal; } .of { color: var(--muted); } figure { margin: 1.5rem 0; } figcaption, output { color: var(--muted); font-size: .9rem; } output { display: block; min-height: 1.5em; } figure:first-of-type output:empty::before { content: 'Point at a mark, touch it, or walk with the arrow keys.'; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; } figure:focus-visible { outline: 2px solid var(--data); outline-offset: 4px; } .c.on { stroke: var(--ink); stroke-width: 2.5; }
 .halo { stroke: var(--paper); stroke-width: 4.5; pointer-events: none; } .x { stroke: var(--ink); stroke-width: 2; pointer-events: none; } .axis { stroke: var(--line); fill: none; } summary { cursor: pointer; font-weight: bold; margin: 1rem 0; }
 @media print { :root { --ink: #000; --paper: #fff; --muted: #444; --line: #bbb; --data: #0a5fa5; --bad: #b84a00; --good: #007a53; } body { max-width: none; margin: 0; } .wide { overflow: visible; }
