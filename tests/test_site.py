@@ -5,6 +5,7 @@ Needs playwright and a Chromium. The site is the one in `PLASTICITY_SITE`, or in
 import functools
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -102,10 +103,9 @@ def page(address):
             page.outside.append(route.request.url)
             route.abort()
 
-        page.route(lambda url: not url.startswith((address, "data:")), to_others)
+        page.route(re.compile(f"^(?!{re.escape(address)}/|data:)"), to_others)
         page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and not message.location["url"].startswith(OUTSIDE) and page.problems.append(message.text))
-        page.on("response", lambda response: response.status >= 400 and page.problems.append(f"{response.status} {response.url}"))
+        page.on("console", lambda message: message.type == "error" and not message.location["url"].startswith(OUTSIDE) and page.problems.append(f"{message.text} {message.location['url']}"))  # a page or picture that is missing, too
         yield page
         browser.close()
 
