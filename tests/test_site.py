@@ -61,10 +61,13 @@ FAINT = """() => {
     }
     return [...found].map(([what, words]) => `${what} (${words})`);
 }"""
-# What sticks out of a page that scrolls sideways
-WIDE = """() => document.scrollingElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll('main *')].filter(
-    element => element.getBoundingClientRect().right > innerWidth + 1 && ![...document.querySelectorAll('main *')].some(box => box !== element && box.contains(element) && /auto|scroll|hidden/.test(getComputedStyle(box).overflowX))
-).slice(0, 3).map(element => `${element.tagName.toLowerCase()}.${element.className}: ${element.innerText?.slice(0, 40)}`).concat(`${document.scrollingElement.scrollWidth} pixels`)"""
+# What sticks out of the window and lies in nothing that scrolls: a page would scroll sideways for it, or cut it off
+WIDE = """() => {
+    const main = document.querySelector('main'), scrolls = element => element !== main && (/auto|scroll/.test(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+    const out = [...main.querySelectorAll('*')].filter(element => element.getBoundingClientRect().right > innerWidth + 1 && !scrolls(element.parentElement));
+    const page = document.scrollingElement.scrollWidth > innerWidth ? [`the page is ${document.scrollingElement.scrollWidth} wide`] : [];
+    return page.concat(out.slice(0, 3).map(element => `${element.tagName.toLowerCase()}.${element.className}: ${(element.innerText || '').slice(0, 40)}`));
+}"""
 
 
 @pytest.fixture(scope="module")
