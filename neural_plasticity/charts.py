@@ -59,7 +59,7 @@ def heat_map(
     parts += [_text(36 + cell * head + 12, height - 6, head) for head in every_other(columns, 40)]
     return _svg(width, height, f"{label} of every head, from {low:.3g} (pale) to {high:.3g} (full colour)", parts, min(width, 16 * columns))
 
-# %% ../nbs/41_charts.ipynb #b4246862
+# %% ../nbs/41_charts.ipynb #05cd79ce
 _COLORS = ("data", "muted", "good", "bad")
 
 
@@ -78,19 +78,20 @@ def line_chart(
     right, high = right if right > left else left + 1, high if high > low else low + 1
 
     def at(x, y):
-        return 64 + (x - left) / (right - left) * 600, 16 + (high - y) / (high - low) * 200
+        return 64 + (x - left) / (right - left) * 600, 26 + (high - y) / (high - low) * 200
 
-    parts = [f'<path class="axis" d="M56 16V224H672"/>', _text(364, 256, x_label), _text(56, 10, y_label, "start")]
+    parts = [f'<path class="axis" d="M56 26V234H672"/>', _text(364, 266, x_label), _text(8, 12, y_label, "start")]
     parts += [_text(50, at(left, value)[1] + 4, f"{value:.4g}", "end") for value in (low, (low + high) / 2, high)]
-    parts += [_text(at(value, low)[0], 240, f"{value:.4g}") for value in (left, (left + right) / 2, right)]
+    parts += [_text(at(value, low)[0], 250, f"{value:.4g}") for value in (left, (left + right) / 2, right)]
     for number, (name, points) in enumerate(lines.items()):
         color, places = f"var(--{_COLORS[number % 4]})", [at(*point) for point in points]
-        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" fill="none" stroke="{color}" stroke-width="2.5" stroke-dasharray="{("none", "7 4", "2 4", "10 3 2 3")[number % 4]}"/>')
+        pen = f'fill="none" stroke="{color}" stroke-width="2.5" stroke-dasharray="{("none", "7 4", "2 4", "10 3 2 3")[number % 4]}"'
+        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" {pen}/>')
         parts += [_cell(px - 5, py - 5, (10, 10), f'rx="5" fill="{color}"', f"{name}, {x_label} {x:g}: {y_label} {y:.4g}", (number, place)) for place, ((px, py), (x, y)) in enumerate(zip(places, points))]
-        parts.append(f'<rect x="{64 + 150 * number}" y="268" width="18" height="5" fill="{color}"/>' + _text(88 + 150 * number, 275, name, "start", "ink"))
-    return _svg(690, 284, f"{y_label} over {x_label}", parts, 560)
+        parts.append(f'<path d="M{64 + 150 * number} 284h26" {pen}/>' + _text(96 + 150 * number, 288, name, "start", "ink"))
+    return _svg(690, 296, f"{y_label} over {x_label}", parts, 560)
 
-# %% ../nbs/41_charts.ipynb #137b98f4
+# %% ../nbs/41_charts.ipynb #bd3e36e0
 def timeline(
     events: Sequence[tuple[str, Iterable, Iterable]],  # (name, heads that fell asleep, heads that came back), in order
 ) -> str:
@@ -110,7 +111,7 @@ def timeline(
     bottom = 4 + high * len(heads)
     parts += [_text(64, 15 + high * row, f"({heads[row][0]}, {heads[row][1]})", "end") for row in range(len(heads))]
     parts += [_text(70 + wide * (column + 0.5), bottom + 14, events[column][0]) for column in every_other(len(events), max(1, int(wide * len(events) / 90)))]
-    for place, (state, words) in enumerate((("data", "active"), ("bad", "falls asleep"), ("muted", "dormant"), ("good", "comes back"))):
-        parts.append(f'<rect x="{4 + 110 * place}" y="{bottom + 26}" width="12" height="12" fill="var(--{state})" fill-opacity="{0.25 if state == "data" else 1}"/>' + _text(22 + 110 * place, bottom + 36, words, "start", "ink"))
-    width = max(450, 80 + wide * len(events))
+    for x, (state, words) in zip((4, 70, 164, 240), (("data", "active"), ("bad", "falls asleep"), ("muted", "dormant"), ("good", "comes back"))):
+        parts.append(f'<rect x="{x}" y="{bottom + 26}" width="12" height="12" fill="var(--{state})" fill-opacity="{0.25 if state == "data" else 1}"/>' + _text(x + 17, bottom + 36, words, "start", "ink"))
+    width = max(330, 80 + wide * len(events))  # as narrow as a phone
     return _svg(width, bottom + 44, "what became of every head that changed", parts, min(width, 450))

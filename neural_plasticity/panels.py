@@ -52,7 +52,7 @@ def sample_html(prompt: str, sample: str, other: str) -> str:
     shared = os.path.commonprefix([sample, other])
     shared = shared if shared == sample else shared[: shared.rfind(" ") + 1]  # whole words
     start = max(len(shared), len(prompt) if sample.startswith(prompt) else 0)
-    return f'<span style="opacity:.62">{html.escape(sample[:start])}</span>{html.escape(sample[start:])}'
+    return f'<span style="opacity:.75">{html.escape(sample[:start])}</span>{html.escape(sample[start:])}'
 
 
 def _change(perplexity: float, dense: float) -> str:

@@ -65,17 +65,17 @@ class ComparisonTable(list):
     def _repr_html_(self):
         return as_html(self.cells())
 
-# %% ../nbs/41_report.ipynb #792abb2e
+# %% ../nbs/41_report.ipynb #e02bbcef
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f23; --paper: #ffffff; --muted: #5b6570; --line: #d5d9de; --data: #0a5fa5; --bad: #b84a00; --good: #007a53; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181c; --muted: #a3adb8; --line: #3a3f46; --data: #62b0ee; --bad: #ff9a57; --good: #4cc79a; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { border-bottom: 1px solid var(--line); padding: .35rem .7rem; white-space: nowrap; } th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; } .said { white-space: pre-line; }
-.settings td { white-space: normal; } figure { margin: 1.5rem 0; } figcaption, output { color: var(--muted); font-size: .9rem; } output { display: block; min-height: 1.5em; }
+.settings td + td { white-space: normal; } .of { color: var(--muted); } figure { margin: 1.5rem 0; } figcaption, output { color: var(--muted); font-size: .9rem; } output { display: block; min-height: 1.5em; } figure:first-of-type output:empty::before { content: 'Point at a mark, touch it, or walk with the arrow keys.'; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; } figure:focus-visible { outline: 2px solid var(--data); outline-offset: 4px; } .c.on { stroke: var(--ink); stroke-width: 2.5; }
 .halo { stroke: var(--paper); stroke-width: 4.5; pointer-events: none; } .x { stroke: var(--ink); stroke-width: 2; pointer-events: none; } .axis { stroke: var(--line); fill: none; } summary { cursor: pointer; font-weight: bold; margin: 1rem 0; }
 @media print { :root { --ink: #000; --paper: #fff; --muted: #444; --line: #bbb; --data: #0a5fa5; --bad: #b84a00; --good: #007a53; } body { max-width: none; margin: 0; } .wide { overflow: visible; }
-  figure, tr { break-inside: avoid; } output { display: none; } svg { min-width: 0 !important; print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+  figure, tr { break-inside: avoid; } h2, h3, summary { break-after: avoid; } output { display: none; } svg { min-width: 0 !important; print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 _SCRIPT = """
 for (const figure of document.querySelectorAll("figure[tabindex]")) {
@@ -93,14 +93,23 @@ for (const figure of document.querySelectorAll("figure[tabindex]")) {
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(part => part.open = true));
 """
 
-# %% ../nbs/41_report.ipynb #31dba476
+# %% ../nbs/41_report.ipynb #1a0d6d50
 def _figure(drawing: str, caption: str) -> str:
     "A chart with its caption and a line that says what is pointed at; nothing for nothing."
     return f'<figure tabindex="0"><div class="wide">{drawing}</div><output></output><figcaption>{html.escape(caption)}</figcaption></figure>' if drawing else ""
 
 
-def _settings(path: Path, title: str) -> str:
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _headline(name: str, config: dict) -> str:
+    "Which run this is: its folder's name, and what makes it differ from others."
+    told = [f"{key.replace('_', ' ')} {config[key]}" for key in ("model_name", "strategy", "prune_level", "seed") if key in config]
+    return f'<h1>Pruning, recovery, regrowth</h1><p class="of">{html.escape(", ".join([f"Run {name}"] + told))}</p>'
+
+
+def _settings(values: dict, title: str) -> str:
     rows = "".join(f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in values.items())
     return f'<details><summary>{title}</summary><div class="wide settings"><table>{rows}</table></div></details>' if rows else ""
 
@@ -148,7 +157,7 @@ def verdict(rows: list[dict]) -> str:  # rows of the table: arm, heads, perplexi
         text += f" Random heads end {abs(above('random')):.1f} % {'above' if above('random') > 0 else 'below'} it, with {found['random']['heads']} heads left: the choice {'beat' if beaten else 'did not beat'} chance."
     return text + " This is one run with one seed; a sweep says how far such numbers scatter."
 
-# %% ../nbs/41_report.ipynb #bb45f149
+# %% ../nbs/41_report.ipynb #a34bf0a3
 def report(
     run_folder: str | Path,  # a run's numbered folder; the run may still be going on
     path: str | Path | None = None,  # where to write; None: report.html in the run folder
@@ -160,9 +169,10 @@ def report(
     table = ComparisonTable([{"heads": None, "after pruning": None, "compensated": None} | row for row in rows])
     ended = next((line for line in record if line["phase"] == "end"), None)
     samples = "".join(f"<h3>{html.escape(name)}</h3><p>{html.escape(text)}</p>" for name, text in (ended or {}).get("samples", {}).items())
-    parts = ["<h1>Pruning, recovery, regrowth</h1>", f"<p>{html.escape(verdict(rows))}</p><p class='said'>{html.escape(ended['removal'] if ended else 'This run has not ended.')}</p>",
+    config, environment = (_read(folder / f"{name}.json") for name in ("config", "environment"))
+    parts = [_headline(folder.name, config), f"<p>{html.escape(verdict(rows))}</p><p class='said'>{html.escape(ended['removal'] if ended else 'This run has not ended.')}</p>",
              f'<div class="wide">{table._repr_html_()}</div>', _course(record), _maps(record), f"<h2>Text</h2>{samples}" if samples else "",
-             _settings(folder / "config.json", "Configuration"), _settings(folder / "environment.json", "Environment")]
+             _settings(config, "Configuration"), _settings(environment, "Environment")]
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Run {html.escape(folder.name)}</title>'
             f"<style>{_STYLE}</style></head><body>{''.join(parts)}<script>{_SCRIPT}</script></body></html>")
     target = Path(path) if path else folder / "report.html"

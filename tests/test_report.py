@@ -1,11 +1,13 @@
 """The report: one HTML file that needs no network, stays small for large models, trusts no text, and reads runs that are still being written."""
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 
 from neural_plasticity.errors import StorageError
+from neural_plasticity.experiment import ExperimentConfig, run_experiment
 from neural_plasticity.report import report
 
 VOID = {"meta", "br", "hr", "img", "path", "rect", "polyline"}
@@ -85,7 +87,7 @@ def test_a_model_of_270_heads_stays_small_and_every_head_has_its_words(page):
 def test_text_is_never_markup(page):
     found = Page(page)
     assert len(found.scripts) == 1 and "alert" not in found.scripts[0]
-    assert page.count("&lt;script&gt;alert") == 3 and "<script>alert" not in page  # sample, removal, configuration
+    assert page.count("&lt;script&gt;alert") == 4 and "<script>alert" not in page  # headline, sample, removal, configuration
 
 
 def test_it_compares_with_control_and_chance(page):
@@ -123,3 +125,89 @@ def test_it_goes_where_it_is_told_and_a_folder_without_a_run_is_refused(tmp_path
     assert target == tmp_path / "mine.html" and target.is_file() and not (tmp_path / "005" / "report.html").exists()
     with pytest.raises(StorageError, match="record.jsonl"):
         report(tmp_path)
+
+
+# What follows opens reports in a real browser: pytest -m browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SIDEWAYS = "document.scrollingElement.scrollWidth - innerWidth"
+# The least contrast of letters with the page (WCAG AA asks for 4.5)
+CONTRAST = """() => {
+    const rgb = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number);
+    const light = color => rgb(color).map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const paper = light(getComputedStyle(document.body).backgroundColor);
+    const letters = [...document.querySelectorAll('h1, h2, p, td, th, figcaption, output, summary, svg text')].map(element => light(getComputedStyle(element)[element.closest('svg') ? 'fill' : 'color']));
+    return Math.min(...letters.map(ink => (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05)));
+}"""
+
+
+@pytest.fixture(scope="module", params=["a small run", "270 heads"])
+def written(request, tmp_path_factory):
+    "A report of a run of the embedded model, and one of a large model's record."
+    folder = tmp_path_factory.mktemp("seen")
+    if request.param == "270 heads":
+        return report(write(folder / "001", large_record()))
+    return report(run_experiment(ExperimentConfig(minimal=True, prune_level=0.4, output_dir=str(folder))).folder)
+
+
+@pytest.fixture(scope="module")
+def opened(written):
+    "The report opened from its file by a browser without a network; what it asked for and complained of."
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=next(filter(None, map(shutil.which, BROWSERS)), None), args=["--no-sandbox", "--disable-dev-shm-usage"])
+        view = browser.new_context(offline=True, viewport={"width": 1100, "height": 900}).new_page()
+        view.asked, view.problems = [], []
+        view.on("request", lambda request: view.asked.append(request.url))
+        view.on("pageerror", lambda error: view.problems.append(str(error)))
+        view.on("console", lambda message: view.problems.append(message.text))
+        view.goto(written.as_uri())
+        yield view
+        browser.close()
+
+
+@pytest.mark.browser
+def test_it_opens_from_a_file_without_a_network(opened, written):
+    assert opened.asked == [written.as_uri()] and not opened.problems
+    assert opened.locator("h1").count() == 1 and opened.locator("svg[role='img'][aria-label]").count() == 4
+    assert written.stat().st_size < 3_000_000
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 390])
+def test_it_can_be_read_on_a_desk_and_on_a_phone_by_day_and_by_night(opened, scheme, width):
+    opened.emulate_media(color_scheme=scheme)
+    opened.set_viewport_size({"width": width, "height": 844})
+    opened.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert opened.evaluate(SIDEWAYS) <= 0
+    assert opened.evaluate(CONTRAST) >= 4.5
+
+
+@pytest.mark.browser
+def test_pointing_and_arrow_keys_tell_what_a_cell_is(opened):
+    maps = opened.locator("figure", has=opened.locator("svg[aria-label^='gradient']"))
+    maps.locator(".c").first.hover()
+    said = maps.locator("output")
+    assert said.inner_text().startswith("head (0, 0): gradient")
+    opened.mouse.move(0, 0)  # else the page scrolls under it, and it points at another cell
+    maps.focus()
+    opened.keyboard.press("ArrowRight")
+    opened.keyboard.press("ArrowDown")
+    assert said.inner_text().startswith("head (1, 1): gradient")
+
+
+@pytest.mark.browser
+def test_every_head_is_large_enough_to_be_pointed_at(opened):
+    opened.set_viewport_size({"width": 390, "height": 844})
+    sides = opened.locator("svg[aria-label^='gradient'] .c").evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect()).map(box => Math.min(box.width, box.height))")
+    assert min(sides) >= 12
+
+
+@pytest.mark.browser
+def test_it_prints_on_a_few_pages_with_everything_open(opened):
+    opened.emulate_media(color_scheme="dark", media="print")
+    assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"  # no black paper
+    pages = opened.pdf(format="A4").count(b"/Type /Page\n")
+    assert 2 <= pages <= 12
+    assert opened.evaluate("[...document.querySelectorAll('details')].every(part => part.open)")
