@@ -73,7 +73,7 @@ def heads_table(
     left = len(order) - len(rows) + 1
     return as_text(rows) + (f"\n… and {left} more" if left else "")
 
-# %% ../nbs/52_commands.ipynb #5fea16fb
+# %% ../nbs/52_commands.ipynb #e999750e
 _KINDS = (".json", ".csv", ".png", ".svg", ".pdf")
 
 
@@ -87,12 +87,13 @@ def _as_json(scores: HeadScores, about: dict) -> str:
 
 
 def _as_csv(scores: HeadScores, exists) -> str:
-    "A line a head."
+    "A line a head; nothing where there is no number."
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["layer", "head", *(column for name in scores for column in (name, f"{name}_stderr"))])
     for layer, head in exists.nonzero().tolist():
-        writer.writerow([layer, head, *(float(values[name][layer, head]) for name in scores for values in (scores, scores.stderr))])
+        values = [float(of[name][layer, head]) for name in scores for of in (scores, scores.stderr)]
+        writer.writerow([layer, head, *("" if math.isnan(value) else value for value in values)])
     return lines.getvalue()
 
 

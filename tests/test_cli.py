@@ -14,6 +14,7 @@ import pytest
 
 import neural_plasticity
 from neural_plasticity.cli import ABOUT, MORE, main
+from neural_plasticity.data import load_embedded_text
 from neural_plasticity.importance import CRITERIA
 from neural_plasticity.probing import probe
 from neural_plasticity.storage import load_pruned
@@ -21,6 +22,7 @@ from neural_plasticity.zoo import Outcome, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "import sys; from neural_plasticity.cli import main; sys.exit(main())"
+SETTINGS = ["minimal=true", "training_steps=1", "block_size=32", "batch_size=2", "regrow_every=0", "compensate=false", "eval_batches=1", "keep_model=false", "device=cpu"]
 SMALL = ("--batches", "1", "--batch-size", "2", "--block-size", "32", "--device", "cpu")
 
 
@@ -242,7 +244,8 @@ def test_a_run_from_a_file_and_resumed(tmp_path):
 
 def start_sweep(folder, *words):
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    settings = ["minimal=true", "training_steps=2", "eval_interval=2", "regrow_every=0", "eval_batches=1", "keep_model=false", "device=cpu"]
+    (folder / "text.txt").write_text("\n\n".join(address[:1000] for address in load_embedded_text("train")[:20]))
+    settings = ["dataset_name=text.txt", *SETTINGS]
     return subprocess.Popen([sys.executable, "-c", COMMAND, "sweep", "sweep", "--strategies", "magnitude", "--levels", "0.25", "--seeds", "0", *words, *settings],
                             cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -261,7 +264,7 @@ def test_a_stopped_sweep_goes_on_without_what_is_finished(number, tmp_path):
     finished = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
     assert 1 <= len(finished) < 3
     again = start_sweep(tmp_path)
-    out, said = again.communicate(timeout=300)
+    out, said = again.communicate(timeout=600)
     assert again.returncode == 0, said
     assert {path: path.stat().st_mtime_ns for path in finished} == finished and len([*cells.glob("*.json")]) == 3
     assert f"{len(finished)} of 3 cells were done before" in said and "3 of 3 cells" in said
@@ -270,7 +273,7 @@ def test_a_stopped_sweep_goes_on_without_what_is_finished(number, tmp_path):
 
 
 def test_a_run_that_fails_is_told_by_name_and_the_others_are_tabled(inside, capsys):
-    words = ["sweep", "sweep", "control=false", "minimal=true", "training_steps=1", "eval_batches=1", "keep_model=false", "device=cpu", "--strategies", "magnitude", "--seeds", "0", "--workers", "0"]
+    words = ["sweep", "sweep", "control=false", *SETTINGS, "--strategies", "magnitude", "--seeds", "0", "--workers", "0"]
     assert main([*words, "--levels", "0.25,1"]) == 1  # a layer cannot lose all its heads
     said = capsys.readouterr()
     assert "1 of 2 runs failed (the same call tries them again):\n  magnitude 100% seed 0: InvalidArgument: " in said.err
