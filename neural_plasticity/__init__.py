@@ -36,8 +36,9 @@ _ROOMS = {
     "visualize_training_metrics visualize_attention_patterns visualize_cycle_timeline",
     "report": "ComparisonTable read_record",
     "cells": "run_cells CellsFailed",
+    "parameters": "refuse_unknown_parameters",
     "experiment": "ExperimentConfig prepare_experiment run_experiment resume_experiment comparison_table",
-    "sweep": "run_sweep",
+    "sweep": "run_sweep visualize_sweep",
     "core": "NeuralPlasticity",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

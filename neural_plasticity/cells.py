@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cell_name', 'CellsFailed', 'run_cells']
 
-# %% ../nbs/50_cells.ipynb #c8264f01
+# %% ../nbs/50_cells.ipynb #fdf42e01
+import builtins
 import hashlib
 import importlib
 import json
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -186,7 +188,36 @@ def _in_processes(jobs: list[dict], workers: int, name: str, extras: list[dict],
         for worker in crew:
             worker.stop()
 
-# %% ../nbs/50_cells.ipynb #7ae6db68
+# %% ../nbs/50_cells.ipynb #a5ccac57
+class _Progress:
+    "How many cells are done."
+
+    def __init__(self, total: int, done: int, workers: int, shown: bool):
+        from tqdm.auto import tqdm
+
+        self.total, self.done, self.failed, self.begin = total, done, 0, time.monotonic()
+        self.lines = shown and not sys.stderr.isatty() and not hasattr(builtins, "__IPYTHON__")
+        name = f"cells, {workers} {'process' if workers == 1 else 'processes'}" if workers else "cells"
+        self.bar = tqdm(total=total, initial=done, desc=name, unit="cell", disable=not shown or self.lines)
+
+    def __enter__(self):
+        if self.lines and self.done:
+            print(f"{self.done} of {self.total} cells were done before", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def add(self, outcome: dict) -> None:
+        self.done, self.failed = self.done + 1, self.failed + ("error" in outcome)
+        self.bar.set_postfix({"failed": self.failed} if self.failed else {}, refresh=False)
+        self.bar.update()
+        if self.lines:
+            minutes, seconds = divmod(round(time.monotonic() - self.begin), 60)
+            words = ", ".join(f"{name}={value}" for name, value in outcome["arguments"].items() if isinstance(value, (str, int, float)))
+            print(f"{self.done} of {self.total} cells, {minutes}:{seconds:02} ({words}{': ' + outcome['error'] if 'error' in outcome else ''})", file=sys.stderr, flush=True)
+
+# %% ../nbs/50_cells.ipynb #0a2bdc9f
 class CellsFailed(PlasticityError, RuntimeError):
     "Some cells of a sweep failed; all others are finished and kept. `rows` holds what `run_cells` would have returned."
 
@@ -205,13 +236,7 @@ def _checked(cells, workers: int, threads: int, devices) -> list[dict]:
 def _row(cell: dict) -> dict:
     return {**cell["arguments"], **cell.get("result", {"error": cell.get("error")})}
 
-
-def _bar(total: int, done: int, progress: bool):
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, desc="cells", disable=None if progress else True)  # None: no bars in log files
-
-# %% ../nbs/50_cells.ipynb #f0d09d06
+# %% ../nbs/50_cells.ipynb #25801355
 def run_cells(
     function,  # takes a cell's arguments by name and returns a dict of numbers, text, lists; a function of a module, or "module:function"
     cells: Iterable[dict],  # the arguments, one dict a cell
@@ -219,7 +244,7 @@ def run_cells(
     workers: int = 1,  # processes; 0: in this process, one cell after another
     devices: Iterable[str] | None = None,  # handed out to the workers in turn, more workers than devices allowed; the function is given `device`
     threads: int = 1,  # of each worker; with workers=0 this process is left as it is
-    progress: bool = True,
+    progress: bool = True,  # a bar in terminals and notebooks, lines on stderr elsewhere
     same: dict | None = None,  # further arguments that all cells share and that say nothing about what they are, such as a folder to work in
     failures: str = "raise",  # when all others are done; or "keep": rows of failed cells have `error` instead of results
 ) -> list[dict]:  # a row a cell, in the order of the cells: its arguments and its results
@@ -239,13 +264,13 @@ def run_cells(
         outcomes = _in_processes(jobs, workers, name, extras, threads)
     else:
         outcomes = (_compute(_found(function) if isinstance(function, str) else function, job, extras[0]) for job in jobs)
-    with _bar(len(done) + len(jobs), len(done), progress) as bar:
+    with _Progress(len(done) + len(jobs), len(done), min(workers, len(jobs)), progress) as seen:
         try:
             for outcome in outcomes:
                 path = folder / f"{cell_name(name, outcome['arguments'])}.json"
                 write_json(path, outcome)
                 done[path] = outcome
-                bar.update()
+                seen.add(outcome)
         finally:
             outcomes.close()  # whatever happened, no process is left behind
     return _rows([done[path] for path in paths], failures)

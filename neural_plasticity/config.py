@@ -6,12 +6,11 @@
 __all__ = ['ExperimentConfig', 'levels_of']
 
 # %% ../nbs/50_config.ipynb #9d81a234
-import difflib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .errors import InvalidArgument, StorageError, WrongType
+from .errors import InvalidArgument, StorageError, WrongType, alternatives
 from .pruning import PruningMode, strategy_name
 
 # %% ../nbs/50_config.ipynb #2ee9b01b
@@ -131,8 +130,7 @@ def _fitting(name: str, value):
     "A value as its field wants it; text that says a number is taken for it, because YAML reads 1e-4 as text."
     kinds = {entry.name: entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", str(entry.type)) for entry in fields(ExperimentConfig)}
     if name not in kinds:
-        near = difflib.get_close_matches(str(name), kinds, 1, 0.5)
-        raise InvalidArgument(f"{name!r} is no field of an experiment" + (f"; do you mean {near[0]!r}?" if near else "") + f" There are {', '.join(kinds)}")
+        raise InvalidArgument(f"{name!r} is no field of an experiment" + alternatives(name, kinds))
     if not isinstance(value, str) or "str" in kinds[name]:
         return value
     if kinds[name].startswith("tuple"):

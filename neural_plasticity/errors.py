@@ -4,7 +4,10 @@
 
 # %% auto #0
 __all__ = ['PlasticityError', 'InvalidArgument', 'MissingSplit', 'WrongType', 'UnsupportedModel', 'NotRemovable', 'StorageError',
-           'SourceUnavailable', 'EnvironmentProblem']
+           'SourceUnavailable', 'EnvironmentProblem', 'alternatives']
+
+# %% ../nbs/00_errors.ipynb #1dd5dece
+import difflib
 
 # %% ../nbs/00_errors.ipynb #492dfc2b
 class PlasticityError(Exception):
@@ -41,3 +44,13 @@ class SourceUnavailable(PlasticityError, RuntimeError):
 
 class EnvironmentProblem(PlasticityError, RuntimeError):
     "An installation that is broken in a way the library will not paper over."
+
+# %% ../nbs/00_errors.ipynb #da176338
+def alternatives(
+    word,  # what was given
+    known,  # the names that there are
+) -> str:
+    "The end of a message that refuses a name: the nearest of the known ones, if one is near, and all of them."
+    known, word = [str(name) for name in known], str(word)
+    near = difflib.get_close_matches(word, known, 1, 0.6) or [name for name in known if len(word) > 3 and word in name]
+    return (f"; do you mean {near[0]!r}? There are " if near else "; there are ") + ", ".join(known)

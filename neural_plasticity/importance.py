@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .criteria import CRITERIA, Criterion, combined_unimportance, criteria_within, criterion
-from .errors import InvalidArgument, WrongType
+from .errors import InvalidArgument, WrongType, alternatives
 from .learned_gates import learn_gates
 from .leave_one_out import losses_when_closed
 from .patterns import analyze_attention_patterns, heads_first, measure_entropy
@@ -75,7 +75,7 @@ def measure_heads(
     names = (criteria,) if isinstance(criteria, str) else tuple(criteria)
     unknown = [name for name in names if name not in CRITERIA]
     if unknown or not names:
-        raise InvalidArgument(f"unknown criteria {unknown}; there are {', '.join(CRITERIA)}")
+        raise InvalidArgument(f"unknown criteria {unknown}" + alternatives(unknown[0] if unknown else "", CRITERIA))
     model = unwrap(model)
     found = collect_quantities(model, dataloader, set().union(*(CRITERIA[name].needs for name in names)), num_batches, checkpointing)
     scores, errors, samples = {}, {}, 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .anatomy import heads_to_mask
 from .budgets import Rules, one_each, pick_heads
-from .errors import InvalidArgument
+from .errors import InvalidArgument, alternatives
 from .importance import CRITERIA, combined_unimportance
 
 # %% ../nbs/23_masks.ipynb #dfd99542
@@ -53,7 +53,7 @@ def strategy_name(strategy) -> str:
     name = strategy.value if isinstance(strategy, Enum) else strategy
     known = list(dict.fromkeys([*(s.value for s in PruningStrategy), *CRITERIA]))
     if name not in known:
-        raise InvalidArgument(f"unknown strategy {strategy!r}; there are {', '.join(known)}")
+        raise InvalidArgument(f"unknown strategy {strategy!r}" + alternatives(strategy, known))
     return name
 
 # %% ../nbs/23_masks.ipynb #e056ae06
