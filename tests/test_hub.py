@@ -83,7 +83,7 @@ def test_there_and_back(name, xet, hub, tmp_path, monkeypatch):
     address = push_pruned(tmp_path / "model", "owner/name")
     assert "/owner/name/commit/" in address and "api/repos/create" in hub
     served = tmp_path / "uploads" / "models" / "owner" / "name" / address.rpartition("/")[2]
-    assert {path.name for path in served.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {".gitattributes"}
+    assert {path.name for path in served.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {".gitattributes", "README.md"}
     shutil.rmtree(tmp_path / "model")
     assert_same_model(load_pruned("owner/name"), model)
 
@@ -243,7 +243,7 @@ def test_a_hub_that_fails_while_it_is_asked(folder, online, monkeypatch):
         raise Broken("the line\n  is dead")
 
     monkeypatch.setattr(hub, "snapshot_download", broken)
-    monkeypatch.setattr(hub.HfApi, "upload_folder", broken)
+    monkeypatch.setattr(hub.HfApi, "create_commit", broken)
     with local_hub({"models/owner/name": folder}, folder.parent / "uploads") as (endpoint, _):
         online(endpoint)
         for verb in (lambda: load_pruned("owner/name"), lambda: push_pruned(folder, "owner/name")):
