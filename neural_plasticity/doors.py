@@ -75,18 +75,26 @@ def attention_of_text(
             maps[layer, heads] = next(seen)[0].float().cpu()
     return TextAttention(maps, [tokenizer.decode([token]) for token in ids[0].tolist()], kept, [(layer, kept[layer][head]) for layer, head in dormant_heads(model)])
 
-# %% ../nbs/24_doors.ipynb #9ee97271
+# %% ../nbs/24_doors.ipynb #ffea2891
+def _is_linear(module: nn.Module) -> bool:
+    "Whether a module is a plain linear layer, or one that carries an adapter."
+    while "base_layer" in module._modules:
+        module = module.base_layer
+    return isinstance(module, LINEAR)
+
+
 def adapter_targets(
     model: nn.Module,  # after remove_heads
-) -> list[str]:  # names of linear layers, in forward order
-    "The linear layers that a model's heads use (queries, keys, values, output), for `LoraConfig(target_modules=...)`; of a layer without heads, none. Raises `UnsupportedModel` if none is left that can carry an adapter."
+) -> list[str]:  # names of linear layers, in the model's order
+    "The linear layers of a model's attention (queries, keys, values, output), for `LoraConfig(target_modules=...)`; of a layer without heads, none. Raises `UnsupportedModel` if there are none at all."
     model = unwrap(model)
-    names: dict[str, None] = {}  # a set with an order
+    used: set[str] = set()
     for site in anatomy_of(model).sites:
         if site.num_heads:
-            names |= dict.fromkeys(part.parameter.rpartition(".")[0] for part in site.slices)
-            names |= dict.fromkeys([site.projection] if site.projection else [])
-    linear = [name for name in names if isinstance(model.get_submodule(name), LINEAR)]
+            used |= {part.parameter.rpartition(".")[0].removesuffix(".base_layer") for part in site.slices}
+            used |= {site.projection} if site.gate == "projection" else set()  # else it is some later layer, such as a router
+            used |= {f"{site.name}.{child}" for child in model.get_submodule(site.name)._modules if site.name}  # keys that all heads share are nobody's slice
+    linear = [name for name, module in model.named_modules() if name in used and _is_linear(module)]
     if not linear:
-        raise UnsupportedModel(f"no attention layer of this {type(model).__name__} is a plain linear layer; if it carries an adapter already, merge that first (merge_and_unload)")
+        raise UnsupportedModel(f"no attention layer of this {type(model).__name__} is a plain linear layer with a name; name the layers for the adapter yourself")
     return linear

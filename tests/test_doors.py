@@ -1,17 +1,13 @@
 """A pruned model in other people's tools: attention maps for BertViz and circuitsvis, LoRA through PEFT and `transformers.Trainer`, and a model card that says what a record says."""
-import importlib
 import json
 import re
-import sys
-import types
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from models import batches, build, cuttable, inputs, logits
+from models import batches, build, cuttable, logits
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from neural_plasticity.card import head_map, model_card
@@ -24,7 +20,7 @@ from neural_plasticity.examples import example_inputs
 from neural_plasticity.experiment import run_experiment
 from neural_plasticity.folders import read_manifest, seal
 from neural_plasticity.gates import dormant_heads, gate_heads
-from neural_plasticity.pruning import apply_pruning_mask, choose_heads
+from neural_plasticity.pruning import apply_pruning_mask
 from neural_plasticity.storage import load_pruned, save_pruned
 from neural_plasticity.surgery import kept_heads, remove_heads
 from neural_plasticity.zoo_models import small_model
@@ -108,7 +104,7 @@ def test_what_cannot_be_drawn():
     for heads, words in (([(1, 0)], r"no head \(1, 0\)"), ([(0, 2), (9, 9)], r"no head \(9, 9\)"), ([], "heads is empty")):
         with pytest.raises(InvalidArgument, match=f"{words}; of each layer these are left"):
             seen.for_circuitsvis(heads)
-    for text, count in (("", 0), (TEXT * 50, 600)):
+    for text, count in (("", 0), (TEXT * 50, 650)):
         with pytest.raises(InvalidArgument, match=f"has {count} tokens; there must be at least 1 and at most 512"):
             attention_of_text(model, tokenizer, text)
     with pytest.raises(UnsupportedModel, match="get_encoder"):
@@ -170,8 +166,7 @@ def test_targets_of_other_models_are_linear_and_take_an_adapter(task, name):
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets)).eval()
     assert {site.removeprefix("base_model.model.") for site, part in wrapped.named_modules() if hasattr(part, "lora_A")} == set(targets)
     assert logits(wrapped, example).equal(before)
-    with pytest.raises(UnsupportedModel, match="merge that first"):
-        adapter_targets(wrapped)
+    assert adapter_targets(wrapped) == targets  # for a second one
 
 
 @pytest.mark.parametrize("how", ("remove", "gate", "zero_weights"))
@@ -249,3 +244,145 @@ def test_recovery_by_a_trainer_and_an_adapter(name, tmp_path):
     assert evaluate_model(merged, validation)["perplexity"] == pytest.approx(recovered, rel=1e-5)
     loaded = load_pruned(save_pruned(merged, tmp_path / "merged", tokenizer))
     assert evaluate_model(loaded, validation) == evaluate_model(merged, validation) and kept_heads(loaded) == kept_heads(merged)
+
+
+def test_layers_that_are_no_projections_are_no_targets():
+    "What comes after XLNet's einsum is its feed-forward layer, after JetMoE's attention a router."
+    with pytest.raises(UnsupportedModel, match="name the layers for the adapter yourself"):
+        adapter_targets(small_model("causal-lm", "xlnet"))
+    assert all(name.endswith("kv_proj") for name in adapter_targets(small_model("causal-lm", "jetmoe")))
+
+
+# ---------------------------------------------------------------- the model card
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "A finished run with control and random choice, and one without them that kept no model."
+    folder, small = tmp_path_factory.mktemp("runs"), dict(prune_level=0.3, strategy="taylor", minimal=True, device="cpu", output_dir=str(tmp_path_factory.mktemp("unused")))
+    return [run_experiment(ExperimentConfig(**small, **more), progress=False, resume=folder / name)
+            for name, more in (("whole", {}), ("bare", dict(control=False, keep_model=False)))]
+
+
+def front(card):
+    "A card's metadata as YAML reads it."
+    _, block, _ = str(card).split("---\n", 2)
+    return yaml.safe_load(block)
+
+
+def test_a_card_holds_the_numbers_of_the_record_and_no_others(runs):
+    result = runs[0]
+    card = model_card(result.folder / "model", result.folder, "owner/smaller", base_model="owner/whole", license="mit")
+    rows = {row["arm"]: row for row in result.table}
+    assert ModelCard(str(card)).text == card.text  # it is read back as it was written
+    [entry] = front(card)["model-index"]
+    assert entry["name"] == "smaller" and entry["results"] == [{
+        "task": {"type": "text-generation"}, "dataset": {"name": "the texts that come with neural_plasticity (validation part)", "type": "embedded"},
+        "metrics": [{"type": "perplexity", "value": round(rows["chosen"]["perplexity"], 4), "name": "perplexity"}]}]
+    assert {key: front(card)[key] for key in ("base_model", "license", "library_name", "pipeline_tag", "tags", "metrics")} == {
+        "base_model": "owner/whole", "license": "mit", "library_name": "neural_plasticity", "pipeline_tag": "text-generation",
+        "tags": ["neural_plasticity", "pruned", "attention-heads"], "metrics": ["perplexity"]}
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [row[0] for row in table] == ["", "before pruning", "**this model**", "random heads instead", "nothing pruned, trained as long"]
+    for (name, *cells), arm in zip(table[1:], ("before", "chosen", "random", "control")):
+        values = rows[arm]
+        expected = [values["heads"], values["perplexity"], values["after pruning"], values["compensated"], values["bits_per_byte"], values["parameters"], values["seconds"] * 1000]
+        assert [None if cell == "–" else float(cell.replace(",", "")) for cell in cells] == [None if value is None else pytest.approx(value, abs=0.051) for value in expected]
+    assert result.removal in card.text and all(text.splitlines()[0] in card.text for text in result.samples.values())
+    for arm, words in (("before", "that of the model before pruning"), ("control", "that of the unpruned control"), ("random", "that of a random choice")):
+        share = 100 * (rows["chosen"]["perplexity"] / rows[arm]["perplexity"] - 1)
+        assert f"{abs(share):.1f} % {'above' if share > 0 else 'below'} {words}" in card.text
+    for what in ("no standard error", "seed `0`", "strategy `taylor`", "pip", str(result.config.output_dir), str(result.folder)):
+        assert (what in card.text) == (what in ("no standard error", "seed `0`", "strategy `taylor`")), what
+
+
+def test_a_card_says_what_it_does_not_know(runs):
+    result = runs[1]
+    folder = save_pruned(result.model, result.folder.parent / "bare-model")
+    text = model_card(folder, result.folder).text
+    for words in ("names no base model", "names no licence", "no unpruned control and no random choice", "no standard error"):
+        assert words in text
+    assert "random heads instead" not in text and "AutoTokenizer" not in text
+    text = model_card(folder).text
+    assert "holds no measurement" in text and "erplexity" not in text and "model-index" not in str(model_card(folder))
+
+
+def test_a_runs_numbers_are_for_its_own_model(runs, tmp_path):
+    whole, bare = runs
+    other = load_pruned(whole.folder / "model")
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    for run, words in ((whole, "its weights are not those that the run saved"), (bare, rf"ended with {bare.table[1]['heads']} heads, the model has {bare.table[1]['heads'] - 1}")):
+        if run is bare:
+            remove_heads(other, [next((site, 0) for site, kept in enumerate(kept_heads(other)) if len(kept) > 1)])
+            extra = sum(map(len, kept_heads(other))) - bare.table[1]["heads"] + 1
+            remove_heads(other, [(layer, head) for layer, kept in enumerate(kept_heads(other)) for head in range(len(kept))][:extra])
+        with pytest.raises(InvalidArgument, match=f"is not the model of the run.*{words}.*evaluate_model"):
+            model_card(save_pruned(other, tmp_path / "other"), run.folder)
+
+
+def test_runs_that_have_nothing_to_say(runs, tmp_path):
+    folder = runs[0].folder / "model"
+    with pytest.raises(StorageError, match="no record.jsonl"):
+        model_card(folder, tmp_path)
+    (tmp_path / "config.json").write_text((runs[0].folder / "config.json").read_text())
+    (tmp_path / "record.jsonl").write_text((runs[0].folder / "record.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(StorageError, match="no result of its pruned model yet"):
+        model_card(folder, tmp_path)
+
+
+def test_several_seeds_give_a_standard_error(tmp_path):
+    folder = save_pruned(build("gpt2"), tmp_path / "model")
+    card = model_card(folder, perplexity={"before": 10, "after": [12.0, 14.0, 13.0]}, dataset="owner/texts")
+    assert "| after | 13.00 ± 0.58 | 3 |" in card.text and "| before | 10.00 | 1 |" in card.text  # 1 / sqrt(3)
+    assert front(card)["datasets"] == ["owner/texts"] and front(card)["model-index"][0]["results"][0]["metrics"][0]["value"] == 13.0
+    assert front(card)["library_name"] == "transformers" and "No head is missing" in card.text  # nothing was removed
+    for values in ({"after": 0}, {"after": []}, {"after": "12"}, {"after": [1.0, float("nan")]}, {"after": True}):
+        with pytest.raises(InvalidArgument, match=r"perplexity\['after'\]"):
+            model_card(folder, perplexity=values, dataset="owner/texts")
+    for wrong in (dict(perplexity={"after": 1.0}), dict(perplexity={}, dataset="x"), dict(perplexity=[1.0], dataset="x"), dict(perplexity={"a": 1.0}, dataset="x", run="x")):
+        with pytest.raises(InvalidArgument, match="perplexity must be a dict"):
+            model_card(folder, **wrong)
+    with pytest.raises(InvalidArgument, match="base_model is '../gpt2'"):
+        model_card(folder, base_model="../gpt2")
+
+
+@pytest.mark.parametrize("name, source, base", [("distilgpt2", "wikitext", "distilgpt2"), ("owner/model", "owner/text", "owner/model"), ("embedded:gpt2", "embedded", None),
+                                                ("/home/somebody/model", "/home/somebody/novel.txt", None), ("model", "novel.txt", None)])
+def test_no_path_gets_onto_a_card(name, source, base, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in ("config.json", "record.jsonl"):
+        (run / file).write_text((runs[1].folder / file).read_text())
+    config = json.loads((run / "config.json").read_text()) | {"model_name": name, "dataset_name": source}
+    (run / "config.json").write_text(json.dumps(config))
+    card = model_card(save_pruned(runs[1].model, tmp_path / "saved"), run)
+    assert card.data.base_model == base and front(card).get("datasets") == ([source] if base else None)
+    assert "/home" not in str(card) and "novel" not in str(card)
+
+
+def test_what_plain_transformers_reads_is_said_so(tmp_path):
+    plain, even, uneven = build("llama"), build("llama"), build("llama")
+    remove_heads(even, [(layer, 0) for layer in range(3)])  # as many of each layer: the config can say it
+    remove_heads(uneven, [(0, 0)])
+    for number, model in enumerate((plain, even, uneven)):
+        folder = save_pruned(model, tmp_path / str(number))
+        card = model_card(folder)
+        assert (card.data.library_name == "transformers") == (number < 2) == ("reads it as well" in card.text)
+        if number < 2:
+            assert logits(AutoModelForCausalLM.from_pretrained(folder)).equal(logits(model))
+
+
+def test_the_map_of_a_manifest():
+    manifest = {"dense_heads": [3, 2], "kept_heads": [[0, 2], []], "dormant": {"gates": [[1.0, 0.0], [1.0, 1.0]]}}
+    assert head_map(manifest).splitlines()[:2] == ["layer  0  █·○  1 of 3", "layer  1  ··  0 of 2"]
+
+
+def test_a_manifest_that_tells_no_heads(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    seal(tmp_path, {"architecture": "GPT2LMHeadModel"})
+    with pytest.raises(StorageError, match="says nothing of transformers, dense_heads, kept_heads"):
+        model_card(tmp_path)
+    assert read_manifest(tmp_path)
