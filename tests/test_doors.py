@@ -364,8 +364,8 @@ def test_no_path_gets_onto_a_card(name, source, base, runs, tmp_path, monkeypatc
 
 
 def test_what_plain_transformers_reads_is_said_so(tmp_path):
-    plain, even, uneven = build("llama"), build("llama"), build("llama")
-    remove_heads(even, [(layer, 0) for layer in range(3)])  # as many of each layer: the config can say it
+    plain, even, uneven = build("llama-grouped"), build("llama-grouped"), build("llama-grouped")
+    remove_heads(even, [(layer, head) for layer in range(3) for head in (0, 2)])  # as many of each layer and group: the config can say it
     remove_heads(uneven, [(0, 0)])
     for number, model in enumerate((plain, even, uneven)):
         folder = save_pruned(model, tmp_path / str(number))
