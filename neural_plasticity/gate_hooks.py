@@ -124,7 +124,10 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #5bb3eb7b
+# %% ../nbs/12_gate_hooks.ipynb #5b474fd4
+_ABOUT = ("plasticity_padded", "plasticity_folded", "plasticity_even")
+
+
 def _innermost(module: nn.Module) -> nn.Module:
     "The layer that adapters, if there are any, have been put around."
     while module._modules.get("base_layer") is not None:
@@ -145,9 +148,6 @@ def _carry(old: nn.Module, new: nn.Module) -> None:
     new.register_forward_pre_hook(_gate_columns)
 
 
-_ABOUT = ("plasticity_padded", "plasticity_folded", "plasticity_even")
-
-
 def _follow_adapters(owner: nn.Module, args: tuple = ()) -> None:
     """Forward pre-hook of the module around gated projections. An adapter (LoRA) may have been put around one since: the gate moves outwards, so that it acts on the
     adapter, too. Or it was merged into one, and the wrapper that held the gate is gone: the gate moves back."""
@@ -158,7 +158,7 @@ def _follow_adapters(owner: nn.Module, args: tuple = ()) -> None:
             _carry(holder, now)
             holders[leaf] = now
 
-# %% ../nbs/12_gate_hooks.ipynb #8e78a354
+# %% ../nbs/12_gate_hooks.ipynb #b7656d29
 def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     "The module that the site's projection is a part of, and what it is called there."
     path, _, leaf = site.projection.rpartition(".")
@@ -171,6 +171,15 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         _follow_adapters(_owner(model, site)[0])
         return model.get_submodule(site.projection), "plasticity_gate"
     return model.get_submodule(site.name), f"plasticity_gate_{site.call}"
+
+
+def _forget_gate(owner: nn.Module, leaf: str) -> None:
+    "The module around a projection need not watch for adapters any more."
+    gated = owner.__dict__.get("plasticity_gated", {})
+    gated.pop(leaf, None)
+    if not gated:
+        owner.__dict__.pop("plasticity_gated", None)
+        _drop_hooks(owner, (_follow_adapters,))
 
 # %% ../nbs/12_gate_hooks.ipynb #56cbff1c
 def has_gate(model: nn.Module, site: Site) -> bool:
@@ -216,7 +225,7 @@ def attach_gate(model: nn.Module, site: Site) -> None:
             holder.register_forward_hook(_close_attention, always_call=True)
         holder.__dict__["plasticity_attention"][name] = (site.calls, site.head_axis, site.positions, site.folded)
 
-# %% ../nbs/12_gate_hooks.ipynb #fd434c5e
+# %% ../nbs/12_gate_hooks.ipynb #8f730cc8
 def detach_gate(model: nn.Module, site: Site) -> None:
     "Take a site's gate away, and every trace of it."
     if not site.num_heads:
@@ -235,15 +244,6 @@ def detach_gate(model: nn.Module, site: Site) -> None:
     if not others:
         holder.__dict__.pop("plasticity_attention", None)
         _drop_hooks(holder)
-
-
-def _forget_gate(owner: nn.Module, leaf: str) -> None:
-    "The module around a projection need not watch for adapters any more."
-    gated = owner.__dict__.get("plasticity_gated", {})
-    gated.pop(leaf, None)
-    if not gated:
-        owner.__dict__.pop("plasticity_gated", None)
-        _drop_hooks(owner, (_follow_adapters,))
 
 
 _OURS = (_gate_columns, _open_attention, _close_attention)
