@@ -259,7 +259,7 @@ def test_layers_that_are_no_projections_are_no_targets():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "A finished run with control and random choice, and one without them that kept no model."
-    folder, small = tmp_path_factory.mktemp("runs"), dict(prune_level=0.3, strategy="taylor", minimal=True, device="cpu", output_dir=str(tmp_path_factory.mktemp("unused")))
+    folder, small = tmp_path_factory.mktemp("runs"), dict(prune_level=0.3, strategy="taylor", minimal=True, training_steps=2, eval_interval=2, regrow_every=0, selection_batches=1, device="cpu", output_dir=str(tmp_path_factory.mktemp("unused")))
     return [run_experiment(ExperimentConfig(**small, **more), progress=False, resume=folder / name)
             for name, more in (("whole", {}), ("bare", dict(control=False, keep_model=False)))]
 

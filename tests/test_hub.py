@@ -326,7 +326,7 @@ def test_a_card_goes_along_and_none_is_overwritten_unasked(hub, tmp_path, folder
 
 
 def test_a_card_with_the_evidence_of_a_run(hub, tmp_path):
-    result = run_experiment(ExperimentConfig(prune_level=0.3, strategy="taylor", minimal=True, control=False, device="cpu", output_dir=str(tmp_path / "unused")), progress=False, resume=tmp_path / "run")
+    result = run_experiment(ExperimentConfig(prune_level=0.3, strategy="taylor", minimal=True, training_steps=2, eval_interval=2, regrow_every=0, selection_batches=1, control=False, device="cpu", output_dir=str(tmp_path / "unused")), progress=False, resume=tmp_path / "run")
     folder = result.folder / "model"
     push_pruned(folder, "owner/name")
     card = card_on(tmp_path, push_pruned(folder, "owner/name", run=result.folder))  # replaces the one that was there
