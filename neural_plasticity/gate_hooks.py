@@ -124,43 +124,64 @@ def _close_attention(owner: nn.Module, args: tuple, output) -> None:
     if output is not None and mode.waiting:
         raise UnsupportedModel(f"the attention of this {type(owner).__name__} could not be seen, so its heads were not gated; use model.set_attn_implementation('sdpa') or 'eager'")
 
-# %% ../nbs/12_gate_hooks.ipynb #15707773
-def _climb(projection: nn.Module) -> None:
-    "An adapter (LoRA) has been put around a gated projection: the gate moves outwards, so that it acts on the adapter, too."
-    inner = projection._modules.get("base_layer")
-    if inner is None or "plasticity_gate" not in inner._buffers:
-        return
+# %% ../nbs/12_gate_hooks.ipynb #5b474fd4
+_ABOUT = ("plasticity_padded", "plasticity_folded", "plasticity_even")
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    "The layer that adapters, if there are any, have been put around."
+    while module._modules.get("base_layer") is not None:
+        module = module.base_layer
+    return module
+
+
+def _carry(old: nn.Module, new: nn.Module) -> None:
+    "Move a gate from a projection to the module that stands in its place now."
+    device = next(new.parameters()).device
     for name in ("plasticity_gate", "plasticity_head"):
-        projection.register_buffer(name, inner._buffers.pop(name), persistent=False)
-        inner._non_persistent_buffers_set.discard(name)
-    for name in ("plasticity_padded", "plasticity_folded", "plasticity_even", "plasticity_override"):
-        if name in inner.__dict__:
-            projection.__dict__[name] = inner.__dict__.pop(name)
-    _drop_hooks(inner)
-    projection.register_forward_pre_hook(_gate_columns)
+        new.register_buffer(name, old._buffers.pop(name).to(device), persistent=False)
+        old._non_persistent_buffers_set.discard(name)
+    for name in (*_ABOUT, "plasticity_override"):
+        if name in old.__dict__:
+            new.__dict__[name] = old.__dict__.pop(name)
+    _drop_hooks(old)
+    new.register_forward_pre_hook(_gate_columns)
 
 
-def _look_for_adapters(owner: nn.Module, args: tuple) -> None:
-    "Forward pre-hook of the module around a gated projection: an adapter may have been added since."
-    for child in owner._modules.values():
-        if child is not None and "base_layer" in child._modules:
-            _climb(child)
+def _follow_adapters(owner: nn.Module, args: tuple = ()) -> None:
+    """Forward pre-hook of the module around gated projections. An adapter (LoRA) may have been put around one since: the gate moves outwards, so that it acts on the
+    adapter, too. Or it was merged into one, and the wrapper that held the gate is gone: the gate moves back."""
+    holders = owner.__dict__.get("plasticity_gated", {})
+    for leaf, holder in holders.items():
+        now = owner._modules.get(leaf)
+        if now is not None and now is not holder and _innermost(now) is _innermost(holder) and "plasticity_gate" in holder._buffers:
+            _carry(holder, now)
+            holders[leaf] = now
 
-
-def _owner(model: nn.Module, site: Site) -> nn.Module:
-    "The module that the site's projection is a part of."
-    return model.get_submodule(site.projection.rpartition(".")[0])
+# %% ../nbs/12_gate_hooks.ipynb #b7656d29
+def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    "The module that the site's projection is a part of, and what it is called there."
+    path, _, leaf = site.projection.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     "The module that holds a site's gate, and the name of its buffer."
     if site.gate == "projection":
-        projection = model.get_submodule(site.projection)
-        _climb(projection)
-        return projection, "plasticity_gate"
+        _follow_adapters(_owner(model, site)[0])
+        return model.get_submodule(site.projection), "plasticity_gate"
     return model.get_submodule(site.name), f"plasticity_gate_{site.call}"
 
-# %% ../nbs/12_gate_hooks.ipynb #78b820f8
+
+def _forget_gate(owner: nn.Module, leaf: str) -> None:
+    "The module around a projection need not watch for adapters any more."
+    gated = owner.__dict__.get("plasticity_gated", {})
+    gated.pop(leaf, None)
+    if not gated:
+        owner.__dict__.pop("plasticity_gated", None)
+        _drop_hooks(owner, (_follow_adapters,))
+
+# %% ../nbs/12_gate_hooks.ipynb #56cbff1c
 def has_gate(model: nn.Module, site: Site) -> bool:
     "Whether a gate is attached to the site."
     holder, name = _holder(model, site)
@@ -192,7 +213,11 @@ def attach_gate(model: nn.Module, site: Site) -> None:
         holder.register_buffer("plasticity_head", head.to(device, copy=True, non_blocking=device.type == "cuda"), persistent=False)
         holder.plasticity_padded, holder.plasticity_folded, holder.plasticity_even = padded, site.folded, even
         holder.register_forward_pre_hook(_gate_columns)
-        _owner(model, site).register_forward_pre_hook(_look_for_adapters)
+        owner, leaf = _owner(model, site)
+        if "plasticity_gated" not in owner.__dict__:
+            owner.__dict__["plasticity_gated"] = {}
+            owner.register_forward_pre_hook(_follow_adapters)
+        owner.__dict__["plasticity_gated"][leaf] = holder
     else:
         if "plasticity_attention" not in holder.__dict__:
             holder.__dict__["plasticity_attention"] = {}
@@ -200,7 +225,7 @@ def attach_gate(model: nn.Module, site: Site) -> None:
             holder.register_forward_hook(_close_attention, always_call=True)
         holder.__dict__["plasticity_attention"][name] = (site.calls, site.head_axis, site.positions, site.folded)
 
-# %% ../nbs/12_gate_hooks.ipynb #b47d26e3
+# %% ../nbs/12_gate_hooks.ipynb #8f730cc8
 def detach_gate(model: nn.Module, site: Site) -> None:
     "Take a site's gate away, and every trace of it."
     if not site.num_heads:
@@ -210,10 +235,10 @@ def detach_gate(model: nn.Module, site: Site) -> None:
     for buffer in gone:
         holder._buffers.pop(buffer, None)
         holder._non_persistent_buffers_set.discard(buffer)
-    for flag in ("plasticity_padded", "plasticity_folded", "plasticity_even"):
+    for flag in _ABOUT:
         holder.__dict__.pop(flag, None)
     if site.gate == "projection":
-        _drop_hooks(_owner(model, site), (_look_for_adapters,))
+        _forget_gate(*_owner(model, site))
     others = holder.__dict__.get("plasticity_attention", {})
     others.pop(name, None)
     if not others:

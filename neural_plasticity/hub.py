@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['local_folder', 'push_pruned']
 
-# %% ../nbs/22_hub.ipynb #6886b31c
+# %% ../nbs/22_hub.ipynb #09c7eec2
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from .card import model_card
 from .errors import InvalidArgument, SourceUnavailable, StorageError
 from .folders import MANIFEST, check_files, read_manifest
 from .sources import hub_problem
@@ -66,29 +68,52 @@ def local_folder(
     except Exception as error:  # also of the HTTP library that this version of huggingface_hub happens to use
         raise SourceUnavailable(f"there is no folder {source!r}, and the hub's repository of that name cannot be had: {_reason(error, problem, revision)}") from error
 
-# %% ../nbs/22_hub.ipynb #81cf62ed
-_OURS = ["model*.safetensors*", "plasticity*"]
+# %% ../nbs/22_hub.ipynb #8136c39d
+_OURS = ("model*.safetensors*", "plasticity*")
+_CARD = "README.md"
 
 
+def _own_card(folder: Path, repository: str, run) -> bytes | None:
+    "The card as it will be sent; None: the folder has its own."
+    own = (folder / _CARD).is_file()
+    if own and run is not None:
+        raise InvalidArgument(f"run is {str(run)!r}, but {folder} has a {_CARD} already, which would be sent. Leave run out, or move that file away")
+    return None if own else str(model_card(folder, run, repository)).encode()
+
+
+def _changes(folder: Path, names: list[str], card: bytes | None, there: list[str]) -> list:
+    "What a commit does: files that are added, and those in the repository that an earlier push left."
+    added = [CommitOperationAdd(name, folder / name) for name in names]
+    added += [CommitOperationAdd(_CARD, card)] if card else []
+    stale = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in _OURS)]
+    return added + [CommitOperationDelete(name) for name in stale]
+
+# %% ../nbs/22_hub.ipynb #5a7f2d6d
 def push_pruned(
     folder,  # written by save_pruned or export_dense
     repository: str,  # "owner/name"; is made if it does not exist
     private: bool = True,
     message: str = "Upload a pruned model",
+    run=None,  # the folder of the run that the model came from: its evidence goes onto the model card
 ) -> str:  # the address of the commit
-    "Push a saved model to the hub, with the account that `hf auth login` knows. The folder is checked first. Raises `StorageError` and `SourceUnavailable`."
+    """Push a saved model to the hub with a model card, with the account that `hf auth login` knows. The folder is checked first. A card that the repository has is replaced only by the folder's own, or with `run`.
+    Raises `StorageError` and `SourceUnavailable`, and `InvalidArgument` if the run made another model."""
     folder = Path(folder)
     if not isinstance(repository, str) or not _REPOSITORY.fullmatch(repository):
         raise InvalidArgument(f"repository is {repository!r}; it must be 'owner/name'")
     manifest = read_manifest(folder)
     check_files(folder, manifest)
+    card = _own_card(folder, repository, run)
     problem = hub_problem()
     if problem:
         raise SourceUnavailable(f"{folder} was not pushed: {problem}")
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=[MANIFEST, *manifest["files"], "README.md"], delete_patterns=_OURS)
+        there = api.list_repo_files(repository)
+        names = [MANIFEST, *manifest["files"], *([] if card else [_CARD])]
+        changes = _changes(folder, names, None if _CARD in there and run is None else card, there)
+        commit = api.create_commit(repository, changes, commit_message=message)
     except Exception as error:  # also of the HTTP library
         raise SourceUnavailable(f"{folder} was not pushed to {repository!r}: {_said(error)}. Check the name, and that your token may write there (hf auth login)") from error
     return str(commit.commit_url)

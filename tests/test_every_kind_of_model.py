@@ -211,7 +211,9 @@ def test_compiled(model_type, order):
 
 def lora(model, targets=("q_proj", "v_proj", "o_proj")):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)  # other weights, other rounding
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False))
 
 
 def test_a_peft_adapter_on_top():

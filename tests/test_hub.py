@@ -13,8 +13,11 @@ from transformers import AutoTokenizer
 import neural_plasticity.folders as folders
 import neural_plasticity.sources as sources
 from local_hub import REVISION, local_hub
+from neural_plasticity.card import model_card
+from neural_plasticity.config import ExperimentConfig
 from neural_plasticity.data import load_embedded_model
 from neural_plasticity.errors import InvalidArgument, SourceUnavailable, StorageError
+from neural_plasticity.experiment import run_experiment
 from neural_plasticity.gates import dormant_heads, restore_heads
 from neural_plasticity.hub import local_folder, push_pruned
 from neural_plasticity.pruning import apply_pruning_mask
@@ -83,7 +86,7 @@ def test_there_and_back(name, xet, hub, tmp_path, monkeypatch):
     address = push_pruned(tmp_path / "model", "owner/name")
     assert "/owner/name/commit/" in address and "api/repos/create" in hub
     served = tmp_path / "uploads" / "models" / "owner" / "name" / address.rpartition("/")[2]
-    assert {path.name for path in served.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {".gitattributes"}
+    assert {path.name for path in served.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {".gitattributes", "README.md"}
     shutil.rmtree(tmp_path / "model")
     assert_same_model(load_pruned("owner/name"), model)
 
@@ -243,7 +246,7 @@ def test_a_hub_that_fails_while_it_is_asked(folder, online, monkeypatch):
         raise Broken("the line\n  is dead")
 
     monkeypatch.setattr(hub, "snapshot_download", broken)
-    monkeypatch.setattr(hub.HfApi, "upload_folder", broken)
+    monkeypatch.setattr(hub.HfApi, "create_commit", broken)
     with local_hub({"models/owner/name": folder}, folder.parent / "uploads") as (endpoint, _):
         online(endpoint)
         for verb in (lambda: load_pruned("owner/name"), lambda: push_pruned(folder, "owner/name")):
@@ -303,3 +306,32 @@ def test_a_folder_goes_before_a_repository(folder, hub, monkeypatch):
     with pytest.raises(StorageError, match="interrupted save"):
         load_pruned("owner/name")
     assert hub == []
+
+
+# ---------------------------------------------------------------- the model card
+
+
+def card_on(tmp_path, address):
+    return (tmp_path / "uploads" / "models" / "owner" / "name" / address.rpartition("/")[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_goes_along_and_none_is_overwritten_unasked(hub, tmp_path, folder):
+    card = card_on(tmp_path, push_pruned(folder, "owner/name"))
+    assert card == str(model_card(folder, repository="owner/name")) and 'load_pruned("owner/name")' in card
+    HfApi().upload_file(repo_id="owner/name", path_or_fileobj=b"Mine.", path_in_repo="README.md")
+    assert card_on(tmp_path, push_pruned(folder, "owner/name")) == "Mine."
+    (folder / "README.md").write_text("From the folder.")
+    assert card_on(tmp_path, push_pruned(folder, "owner/name")) == "From the folder."
+    assert {path.name for path in folder.iterdir()} >= {"README.md"} and load_pruned(folder) is not None
+
+
+def test_a_card_with_the_evidence_of_a_run(hub, tmp_path):
+    result = run_experiment(ExperimentConfig(prune_level=0.3, strategy="taylor", minimal=True, training_steps=2, eval_interval=2, regrow_every=0, selection_batches=1, control=False, device="cpu", output_dir=str(tmp_path / "unused")), progress=False, resume=tmp_path / "run")
+    folder = result.folder / "model"
+    push_pruned(folder, "owner/name")
+    card = card_on(tmp_path, push_pruned(folder, "owner/name", run=result.folder))  # replaces the one that was there
+    assert card == str(model_card(folder, result.folder, "owner/name")) and f"{result.table[1]['perplexity']:.2f}" in card
+    assert logits(load_pruned("owner/name")).equal(logits(load_pruned(folder)))
+    (folder / "README.md").write_text("Mine.")
+    with pytest.raises(InvalidArgument, match="has a README.md already"):
+        push_pruned(folder, "owner/name", run=result.folder)
