@@ -139,8 +139,8 @@ def test_one_edit_takes_model_and_text_from_the_hub(tmp_path, monkeypatch):
     edit = "# model_name, dataset_name, dataset_config = "
     assert sum(source.count(edit) for source in SOURCES) == 1
     (tmp_path / "edited.ipynb").write_text(DEMO.read_text(encoding="utf-8").replace(edit, edit.removeprefix("# ")), encoding="utf-8")
-    wikitext = tmp_path / "wikitext"
-    wikitext.mkdir()
+    wikitext = tmp_path / "hub" / "wikitext"  # not where the notebook runs: a folder of that name goes before the hub
+    wikitext.mkdir(parents=True)
     for split in ("train", "validation"):
         (wikitext / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in load_embedded_text(split)[:100]), encoding="utf-8")
     card = [{"config_name": "wikitext-2-raw-v1", "data_files": [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "validation")]}]
