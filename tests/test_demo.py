@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from house import NBS
+from demo_in_kernel import execute, shown, write_kernelspec
+from house import NBS, ROOT
+from local_hub import local_hub
 
 for package in ("papermill", "ipykernel", "ipywidgets", "nbformat"):
     pytest.importorskip(package)
@@ -29,6 +31,7 @@ MISTAKES = {  # parameters that make no sense, and words of the answer
     "a word for a number": ({"prune_level": "abc"}, "prune_level is 'abc', a str; it must be a number"),
     "an unknown strategy": ({"strategy": "foo"}, "unknown strategy 'foo'; there are gradient, entropy,"),
     "a missing model": ({"model_name": "nobody/no-such-model"}, "model_name='embedded:gpt2'"),
+    "a text on a hub out of reach": ({"dataset_name": "wikitext", "dataset_config": "wikitext-2-raw-v1"}, "offline mode is on (HF_HUB_OFFLINE)"),
     "an empty text file": ({"dataset_name": "empty.txt"}, "has no text in the split 'train': it is empty"),
     "no column of text": ({"dataset_name": "rows.jsonl"}, "text_column='title'"),
 }
@@ -106,7 +109,7 @@ def test_mistakes_end_the_run_with_words(runs, name):
     words = MISTAKES[name][1]
     assert code == 1 and words in " ".join(terminal.split())
     [error] = [output for output in outputs(notebook) if output["output_type"] == "error"]
-    assert words in error["evalue"]
+    assert words in error["evalue"] and "\n" not in error["evalue"]
     assert not (folder / "neural-plasticity-runs").exists()  # nothing was begun
 
 
@@ -129,7 +132,27 @@ def test_it_installs_on_colab_only():
     [setup] = [source for source in SOURCES if "pip install" in source]
     lines = setup.splitlines()
     [install] = [number for number, line in enumerate(lines) if "pip install" in line]
-    assert lines[install - 1] == 'if "google.colab" in sys.modules:' and lines[install].startswith("    %pip install -q git+https://")
+    assert lines[install - 1] == 'if "google.colab" in sys.modules and importlib.util.find_spec("neural_plasticity") is None:' and lines[install].startswith("    %pip install -q git+https://")
+
+
+def test_one_edit_takes_model_and_text_from_the_hub(tmp_path, monkeypatch):
+    edit = "# model_name, dataset_name, dataset_config = "
+    assert sum(source.count(edit) for source in SOURCES) == 1
+    (tmp_path / "edited.ipynb").write_text(DEMO.read_text(encoding="utf-8").replace(edit, edit.removeprefix("# ")), encoding="utf-8")
+    wikitext = tmp_path / "hub" / "wikitext"  # not where the notebook runs: a folder of that name goes before the hub
+    wikitext.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (wikitext / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in load_embedded_text(split)[:100]), encoding="utf-8")
+    card = [{"config_name": "wikitext-2-raw-v1", "data_files": [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "validation")]}]
+    (wikitext / "README.md").write_text(f"---\nconfigs: {json.dumps(card)}\n---\n", encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    with local_hub({"models/distilgpt2": embedded_folder() / "gpt2", "datasets/Salesforce/wikitext": wikitext}) as (endpoint, asked):
+        write_kernelspec(tmp_path / "jupyter", sys.executable, path=[ROOT], HF_ENDPOINT=endpoint, HF_HUB_OFFLINE=0, HF_HOME=tmp_path / "home", OMP_NUM_THREADS=1)
+        page = execute(tmp_path / "edited.ipynb", tmp_path, cells=7, parameters={"minimal": True}, then=["print(config.model_name, config.dataset_name, config.dataset_config)"])
+    assert not shown(page)["errors"] and shown(page)["explorer"]
+    assert outputs(page)[-1]["text"] == "distilgpt2 wikitext wikitext-2-raw-v1\n"
+    for source, file in (("distilgpt2", "model.safetensors"), ("datasets/Salesforce/wikitext", "train.jsonl")):
+        assert any(path.startswith(f"{source}/resolve/") and path.endswith(f"/{file}") for path in asked), file
 
 
 def arm(pruned, compensated, final, heads=19, revived=()):
