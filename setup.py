@@ -39,7 +39,7 @@ setup(
     package_data={"neural_plasticity": ["embedded/**/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=words("requirements"),
-    extras_require={"demo": demo, "dev": demo + dev},
+    extras_require={"demo": demo, "track": words("track_requirements"), "dev": demo + dev},
     entry_points={"console_scripts": ["neural-plasticity=neural_plasticity.cli:main"]},
     zip_safe=False,
 )
