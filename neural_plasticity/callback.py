@@ -69,15 +69,16 @@ class ChangeHistory:
         return cls([{"step": c["step"], "pruned": heads(c["pruned"]), "revived": heads(c["revived"]), "reasons": [(tuple(head), why) for head, why in c["reasons"]],
                      "scores": c.get("scores", {})} for c in changes])
 
-# %% ../nbs/31_callback.ipynb #d04338c3
-_CALLBACKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → the PlasticityCallback of its newest training
+# %% ../nbs/31_callback.ipynb #3cd39fbd
+_CALLBACKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → a weak reference to the PlasticityCallback of its newest training, which holds the model
 
 
 def callback_of(model: nn.Module) -> "PlasticityCallback | None":
-    "The callback that watches over a model's heads in its newest training, for others who look on; None if there was none."
-    return _CALLBACKS.get(unwrap(model))
+    "The callback that watches over a model's heads in its newest training, for others who look on; None if there is none any more."
+    found = _CALLBACKS.get(unwrap(model))
+    return None if found is None else found()
 
-# %% ../nbs/31_callback.ipynb #252b6902
+# %% ../nbs/31_callback.ipynb #27d963c5
 class PlasticityCallback(TrainerCallback):
     "Heads during training: frozen while dormant, opened by degrees when revived, pruned and revived by a schedule."
 
@@ -115,7 +116,7 @@ class PlasticityCallback(TrainerCallback):
                                      "start one process a GPU (torchrun or accelerate launch), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)")
         facts = load_state(model, Path(args.output_dir) / f"checkpoint-{state.global_step}") if state.global_step > 0 else None
         just_revived = [] if facts is None else facts["just_revived"]
-        _CALLBACKS[unwrap(model)] = self
+        _CALLBACKS[unwrap(model)] = weakref.ref(self)
         self.updates = headwise_updates(optimizer, model, self.fast_heads, self.multiplier, just_revived)
         if facts is not None:
             self.memory, self.history = PlasticityMemory.from_dict(facts["memory"]), ChangeHistory.from_list(facts["changes"])

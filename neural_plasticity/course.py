@@ -170,7 +170,7 @@ def _moment(line: dict, what: str) -> str:
 
 _TAKEN = {"measure": _take_measure, "choose": _take_choose, "prune": _take_prune, "train": _take_train, "regrow": _take_regrow}
 
-# %% ../nbs/41_course.ipynb #86fa6f96
+# %% ../nbs/41_course.ipynb #898b6f6a
 _LIGHT = "--ink:#1c1f23;--paper:#fff;--muted:#5b6570;--line:#d5d9de;--data:#0a5fa5;--bad:#b84a00;--good:#007a53"
 _DARK = "--ink:#e6e8eb;--paper:#16181c;--muted:#a3adb8;--line:#4a5058;--data:#62b0ee;--bad:#ff9a57;--good:#4cc79a"
 _IN_DARK = ('[data-jp-theme-light="false"]', 'html[theme="dark"]', ".vscode-dark", ".quarto-dark")
@@ -185,7 +185,7 @@ COURSE_STYLE = f"""<style>.plasticity-course {{{_LIGHT};color:var(--ink);font:14
 @media (prefers-color-scheme: dark) {{.plasticity-course {{{_DARK}}}}} {_within(_IN_DARK)} {{{_DARK}}} {_within(_IN_LIGHT)} {{{_LIGHT}}}
 .plasticity-course svg {{display:block;width:100%;height:auto;min-width:0!important;overflow:visible}} .plasticity-course svg text {{font:14px system-ui,sans-serif}}
 .plasticity-course .axis {{stroke:var(--line);fill:none}} .plasticity-course .halo {{stroke:var(--paper);stroke-width:4.5;pointer-events:none}} .plasticity-course .x {{stroke:var(--ink);stroke-width:2;pointer-events:none}}
-.plasticity-course .charts {{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:1.6em 2.6em;max-width:1080px;padding:.6em 0 .6em 2em;box-sizing:border-box}} .plasticity-course .charts svg text {{font-size:18px}}
+.plasticity-course .charts {{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:1.6em 2.6em;max-width:1080px;padding:.6em 0 .6em 2.6em;box-sizing:border-box}} .plasticity-course .charts svg text {{font-size:18px}}
 .plasticity-course .sides {{display:flex;flex-wrap:wrap;gap:1em 3em}} .plasticity-course .sides>div {{flex:1 1 20em}} .plasticity-course .film {{display:flex;flex-wrap:wrap;align-items:center;gap:.1em .5em}} .plasticity-course .film>div {{display:none;order:1;flex-basis:100%}} .plasticity-course .film>input:checked+div {{display:block}}
 .plasticity-course .film>input {{margin:0;accent-color:var(--data)}} .plasticity-course ol {{list-style:none;margin:.2em 0;padding:0;max-height:22em;overflow-y:auto;font-variant-numeric:tabular-nums}} .plasticity-course p,.plasticity-course li {{margin:.15em 0}}
 .plasticity-course b.pruned {{color:var(--bad)}} .plasticity-course b.revived {{color:var(--good)}} .plasticity-course .quiet {{color:var(--muted)}}</style>"""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Dashboard']
 
-# %% ../nbs/51_dashboard.ipynb #77da9889
+# %% ../nbs/51_dashboard.ipynb #5939e15c
 import asyncio
 import hashlib
 import html
@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+import weakref
 from pathlib import Path
 
 from torch import nn
@@ -183,7 +184,7 @@ class _Intake(_View):
             self._later.cancel()
             self._later = None
 
-# %% ../nbs/51_dashboard.ipynb #214ca98a
+# %% ../nbs/51_dashboard.ipynb #072ec1d3
 _LOGGED = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
 
 
@@ -227,14 +228,14 @@ class _Hooks(_Intake, TrainerCallback):
         watched = callback_of(model)
         if watched is None:
             return
-        if watched is not self._watched:
-            self._watched, self._seen = watched, 0
+        if watched is not self._watched():
+            self._watched, self._seen = weakref.ref(watched), 0
         new, self._seen = watched.history.changes[self._seen :], len(watched.history.changes)
         for change in new:
             self.add({"phase": "regrow", "step": self._before + change["step"], "pruned_heads": change["pruned"], "revived_heads": change["revived"],
                       "reasons": {str(tuple(head)): why for head, why in change["reasons"]}, "scores": change["scores"]})
 
-# %% ../nbs/51_dashboard.ipynb #e56c070f
+# %% ../nbs/51_dashboard.ipynb #dce290f1
 class Dashboard(_Hooks):
     """A run while it goes on, or afterwards. A `transformers.TrainerCallback`, the `callback` of `train_with_plasticity` and `run_plasticity_loop`, the `on_line` of `run_experiment` (as `dashboard.add`), or the reader of a
     run's folder. `course` is what it knows, `widget` what it shows; its controls are `arm`, `map`, `moment`, `play` and `follow_button`. Raises `StorageError` if the folder holds no run."""
@@ -250,7 +251,7 @@ class Dashboard(_Hooks):
         self.run_folder, self.every = None if run_folder is None else Path(run_folder), every
         self.reader = None if run_folder is None else RecordReader(self.run_folder)
         self.course, self.problem, self._timer = Course(), "", None
-        self._before, self._watched, self._seen = 0, None, 0
+        self._before, self._watched, self._seen = 0, lambda: None, 0  # a weak reference: the callback holds its model
         self._build()
         if self.reader:
             self.update()

@@ -1,5 +1,6 @@
 """The dashboard: what it shows is what the record says, from a training, an experiment, or a file that another process is writing; with widgets and without."""
 import asyncio
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -162,6 +164,15 @@ def test_the_loop_tells_everything(parts):
     assert {each.head for each in arm.decisions if each.what == "pruned"} == set(results["pruned_heads"]) and all(each.reason.startswith("gradient ") for each in arm.decisions if each.what == "pruned")
     assert [each.head for each in arm.decisions if each.what == "revived"] == results["revived_heads"]
     assert arm.asleep == set(dormant_heads(model)) and film_names(seen.course, "training")[0] == "gradient"
+
+
+def test_a_dashboard_keeps_no_model(parts):
+    model, dashboard = load_embedded_model("gpt2")[0], Dashboard()
+    train_with_plasticity(model, parts[1], parts[1][:1], [(0, 0)], training_steps=2, eval_interval=2, callback=dashboard, progress=False)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and dashboard.course.arms["training"].curves["perplexity"]
 
 
 def test_a_second_training_counts_on(parts):
