@@ -57,8 +57,32 @@ def _assembled(widgets, controls: dict, parts: dict):
     return widgets.VBox([parts["style"], row(parts["status"], controls["arm"], controls["follow_button"], align_items="center", justify_content="space-between"), parts["charts"],
                          row(film, parts["decisions"], align_items="flex-start"), parts["life"]], layout=widgets.Layout(max_width="1120px"))
 
-# %% ../nbs/51_dashboard.ipynb #df62f2ac
-class _View:
+# %% ../nbs/51_dashboard.ipynb #80d94926
+class _Page:
+    "What a page without widgets shows, and how a dashboard comes onto a page."
+
+    @property
+    def _arm(self) -> str:
+        "The arm that is looked at."
+        return (self.arm.value if self.widget else None) or next(iter(self.course.arms), "training")
+
+    def html(self) -> str:
+        "All of it for a page without widgets, self-contained."
+        return f'<div class="{self._name}">{course_html(self.course, self._arm, self._name)}</div>'
+
+    def _bundle(self) -> dict:
+        return {"text/html": self.html(), "text/plain": repr(self)}
+
+    def _ipython_display_(self):
+        from IPython.display import display
+
+        self.show()
+        self._handle = display(self._bundle(), raw=True, display_id=True)
+        if self.widget:
+            display(self.widget)
+
+# %% ../nbs/51_dashboard.ipynb #88556fce
+class _View(_Page):
     "What a dashboard shows, from its `course`. Without ipywidgets there are no controls, and `widget` is None."
 
     def _build(self) -> None:
@@ -76,11 +100,6 @@ class _View:
         for control in (self.arm, self.map, self.moment):
             control.observe(lambda change: None if self._busy else self._moved(change.owner), "value")
         self.follow_button.on_click(lambda _: self._toggle())
-
-    @property
-    def _arm(self) -> str:
-        "The arm that is looked at."
-        return (self.arm.value if self.widget else None) or next(iter(self.course.arms), "training")
 
     def _moved(self, control) -> None:
         self._wanted[control] = control.value
@@ -113,23 +132,6 @@ class _View:
         for name, shown in {"status": f'<p role="status">{html.escape(self.problem or status_text(self.course))}</p>', "charts": charts_html(self.course, self._arm),
                             "film": frame_html(frames, self.moment.value) if frames else "", "decisions": decisions_html(self.course, self._arm), "life": life_html(self.course, self._arm)}.items():
             self._parts[name].value = f'<div class="plasticity-course">{shown}</div>'  # an equal value sends nothing
-
-    def html(self) -> str:
-        "All of it for a page without widgets, self-contained."
-        return f'<div class="{self._name}">{course_html(self.course, self._arm, self._name)}</div>'
-
-    def _bundle(self) -> dict:
-        return {"text/html": self.html(), "text/plain": repr(self)}
-
-    def _ipython_display_(self):
-        from IPython.display import display
-
-        self.show()
-        self._handle = display(self._bundle(), raw=True, display_id=True)
-        if self.widget:
-            display(self.widget)
-
-
 _COUNT = itertools.count()
 
 
@@ -235,26 +237,9 @@ class _Hooks(_Intake, TrainerCallback):
             self.add({"phase": "regrow", "step": self._before + change["step"], "pruned_heads": change["pruned"], "revived_heads": change["revived"],
                       "reasons": {str(tuple(head)): why for head, why in change["reasons"]}, "scores": change["scores"]})
 
-# %% ../nbs/51_dashboard.ipynb #dce290f1
-class Dashboard(_Hooks):
-    """A run while it goes on, or afterwards. A `transformers.TrainerCallback`, the `callback` of `train_with_plasticity` and `run_plasticity_loop`, the `on_line` of `run_experiment` (as `dashboard.add`), or the reader of a
-    run's folder. `course` is what it knows, `widget` what it shows; its controls are `arm`, `map`, `moment`, `play` and `follow_button`. Raises `StorageError` if the folder holds no run."""
-
-    def __init__(
-        self,
-        run_folder: str | Path | None = None,  # a run that was recorded, or is being recorded; None: lines are handed over
-        *,
-        every: float = 0.5,  # seconds between two changes of what is shown, at least
-    ):
-        if isinstance(every, bool) or not isinstance(every, (int, float)) or not every >= 0:
-            raise InvalidArgument(f"every is {every!r}; it is a number of seconds, 0 or more")
-        self.run_folder, self.every = None if run_folder is None else Path(run_folder), every
-        self.reader = None if run_folder is None else RecordReader(self.run_folder)
-        self.course, self.problem, self._timer = Course(), "", None
-        self._before, self._watched, self._seen = 0, lambda: None, 0  # a weak reference: the callback holds its model
-        self._build()
-        if self.reader:
-            self.update()
+# %% ../nbs/51_dashboard.ipynb #6ac5bb23
+class _Reading(_Hooks):
+    "A run's folder, read once or again and again."
 
     @property
     def following(self) -> bool:
@@ -307,6 +292,27 @@ class Dashboard(_Hooks):
 
     def _toggle(self) -> None:
         self.stop() if self.following else self.follow()
+
+# %% ../nbs/51_dashboard.ipynb #4e746fb9
+class Dashboard(_Reading):
+    """A run while it goes on, or afterwards. A `transformers.TrainerCallback`, the `callback` of `train_with_plasticity` and `run_plasticity_loop`, the `on_line` of `run_experiment` (as `dashboard.add`), or the reader of a
+    run's folder. `course` is what it knows, `widget` what it shows; its controls are `arm`, `map`, `moment`, `play` and `follow_button`. Raises `StorageError` if the folder holds no run."""
+
+    def __init__(
+        self,
+        run_folder: str | Path | None = None,  # a run that was recorded, or is being recorded; None: lines are handed over
+        *,
+        every: float = 0.5,  # seconds between two changes of what is shown, at least
+    ):
+        if isinstance(every, bool) or not isinstance(every, (int, float)) or not every >= 0:
+            raise InvalidArgument(f"every is {every!r}; it is a number of seconds, 0 or more")
+        self.run_folder, self.every = None if run_folder is None else Path(run_folder), every
+        self.reader = None if run_folder is None else RecordReader(self.run_folder)
+        self.course, self.problem, self._timer = Course(), "", None
+        self._before, self._watched, self._seen = 0, lambda: None, 0  # a weak reference: the callback holds its model
+        self._build()
+        if self.reader:
+            self.update()
 
     def close(self) -> None:
         "Stop, and take the widgets off the page."

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from .errors import EnvironmentProblem, WrongType
 
-# %% ../nbs/51_tracking.ipynb #26de3ec7
+# %% ../nbs/51_tracking.ipynb #8cf987ac
 def _trackio():
     try:
         import trackio
@@ -29,7 +29,7 @@ def track_lines(
     project: str,  # under which the tracker files the runs
     tracker=None,  # anything with init(project=, name=), log(numbers, step=) and finish(), as trackio and wandb have it; None: trackio
     name: str = "",  # put before the names of the arms
-    **options,  # for the tracker's init
+    **options: object,  # for the tracker's init
 ) -> Callable[[dict], None]:  # call it with every line
     "Send the lines of a record to a tracker, each arm as a run of its own: `run_experiment(config, on_line=track_lines(...))`, or line by line of `read_record(folder)`. Raises `EnvironmentProblem` without trackio."
     if not isinstance(project, str) or not project:
