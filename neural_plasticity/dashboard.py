@@ -81,7 +81,17 @@ class _Page:
         if self.widget:
             display(self.widget)
 
-# %% ../nbs/51_dashboard.ipynb #88556fce
+# %% ../nbs/51_dashboard.ipynb #1ccbf51f
+_COUNT = itertools.count()
+
+
+def _offer(control, options: list, wanted) -> None:
+    "New options for a list; what a hand has chosen stays chosen, else it is the first."
+    if list(control.options) != options:
+        control.options = options
+        control.value = wanted if wanted in options else options[0] if options else None
+
+# %% ../nbs/51_dashboard.ipynb #ae03d63b
 class _View(_Page):
     "What a dashboard shows, from its `course`. Without ipywidgets there are no controls, and `widget` is None."
 
@@ -132,14 +142,6 @@ class _View(_Page):
         for name, shown in {"status": f'<p role="status">{html.escape(self.problem or status_text(self.course))}</p>', "charts": charts_html(self.course, self._arm),
                             "film": frame_html(frames, self.moment.value) if frames else "", "decisions": decisions_html(self.course, self._arm), "life": life_html(self.course, self._arm)}.items():
             self._parts[name].value = f'<div class="plasticity-course">{shown}</div>'  # an equal value sends nothing
-_COUNT = itertools.count()
-
-
-def _offer(control, options: list, wanted) -> None:
-    "New options for a list; what a hand has chosen stays chosen, else it is the first."
-    if list(control.options) != options:
-        control.options = options
-        control.value = wanted if wanted in options else options[0] if options else None
 
 # %% ../nbs/51_dashboard.ipynb #c68145cc
 class _Intake(_View):
