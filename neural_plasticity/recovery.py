@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['in_pieces', 'copy_of', 'become', 'put_like', 'Recovery']
 
-# %% ../nbs/51_recovery.ipynb #0dc68b31
+# %% ../nbs/51_recovery.ipynb #95c463a3
 import copy
 import math
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import chain
 
 import numpy as np
@@ -38,11 +39,11 @@ def _go_on_from(state: tuple) -> None:
     torch.set_rng_state(state[2])
     torch.cuda.set_rng_state_all(state[3])
 
-# %% ../nbs/51_recovery.ipynb #7976c3cb
+# %% ../nbs/51_recovery.ipynb #aec2447f
 def in_pieces(
     function: Callable,  # without arguments; it calls the model
     model: nn.Module,  # which nobody else uses meanwhile: a copy
-) -> Iterator[int]:  # forward passes that are done; returns what the function returns
+) -> Iterator[tuple[int, None]]:  # (forward passes that are done, None); returns what the function returns
     "Run a function with a stop before every forward pass. It goes on with `next`; `close` ends it there."
     mine, theirs, told = threading.Semaphore(0), threading.Semaphore(0), {}
     device = next(model.parameters()).device
@@ -78,7 +79,7 @@ def in_pieces(
                 raise told["error"]
             if "result" in told:
                 return told["result"]
-            yield passes
+            yield passes, None  # nobody knows how many there will be
             passes += 1
     finally:
         told["stop"] = True
@@ -126,7 +127,7 @@ def put_like(
     if waking.any():
         revive_heads(model, waking)
 
-# %% ../nbs/51_recovery.ipynb #29884c77
+# %% ../nbs/51_recovery.ipynb #61eee41a
 class Recovery:
     "A copy of a model with some heads asleep, and how its training goes: `history` has lists `step`, `train_loss` (nats, mean since the entry before) and `perplexity`."
 
@@ -151,6 +152,7 @@ class Recovery:
             raise InvalidArgument(f"steps is {steps!r}; it is a number of training steps, 1 or more")
         interval = math.ceil(steps / 8)
         passes = steps + len(validation) * (1 + math.ceil(steps / interval))
-        pieces = in_pieces(lambda: train_with_plasticity(self.model, batches, validation, [], learning_rate, steps, interval, callback=self._noted, progress=False), self.model)
-        for done in pieces:
-            yield min(done, passes), passes
+        work = in_pieces(lambda: train_with_plasticity(self.model, batches, validation, [], learning_rate, steps, interval, callback=self._noted, progress=False), self.model)
+        with closing(work) as pieces:
+            for done, _ in pieces:
+                yield min(done, passes), passes
