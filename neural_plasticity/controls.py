@@ -13,7 +13,7 @@ from .errors import EnvironmentProblem, PlasticityError
 from .exploring import STEP
 from .panels import MARKS
 
-# %% ../nbs/51_controls.ipynb #080b6cfb
+# %% ../nbs/51_controls.ipynb #493cf877
 def core_widgets():
     "The package `ipywidgets`; raises `EnvironmentProblem` where it is not installed."
     try:
@@ -23,15 +23,15 @@ def core_widgets():
     return ipywidgets
 
 
-def explorer_controls(level: float, highest: float, strategy: str, strategies: list, shape, sentence: str) -> dict:
-    "Every control by name."
+def explorer_controls(level: float, highest: float, strategy: str, strategies: list, shape, sentence: str, steps: int = 40, trainable: bool = True) -> dict:
+    "Every control by name; without `trainable`, those of recovery are out of use."
     widgets = core_widgets()
 
     def made(kind, width, description, **options):
         return kind(description=description, style={"description_width": "initial"}, layout=widgets.Layout(width=width, max_width="100%"), **options)
 
-    def button(description, tooltip, width="auto"):
-        return widgets.Button(description=description, tooltip=tooltip, layout=widgets.Layout(width=width))
+    def button(description, tooltip, width="auto", **options):
+        return widgets.Button(description=description, tooltip=tooltip, layout=widgets.Layout(width=width), **options)
 
     return {
         "level": made(widgets.FloatSlider, "26em", "prune level", value=level, min=0, max=highest, step=STEP, readout_format=".0%", continuous_update=False),
@@ -42,11 +42,14 @@ def explorer_controls(level: float, highest: float, strategy: str, strategies: l
         "toggle_button": button("gate this head", "close or open the gate of the chosen head, whatever the strategy says", "11em"),
         "sentence": made(widgets.Text, "36em", "it reads", value=sentence, continuous_update=False),
         "read_button": button("read all the text", "perplexity and attention statistics on all the text that was given, not on a slice of it"),
+        "steps": made(widgets.BoundedIntText, "10em", "training steps", value=steps, min=1, max=100_000, disabled=not trainable),
+        "recover_button": button("recover", "train a copy without the marked heads; the model stays as it is" if trainable else "to train, give explore(..., train=batches): text that is not the validation text",
+                                 disabled=not trainable),
         "progress": made(widgets.FloatProgress, "16em", "reading", value=0, min=0, max=1),
-        "cancel_button": button("cancel", "stop reading; nothing is lost or changed"),
-        "apply_button": button("apply", "leave the marked heads dormant on the model; revive_heads and restore_heads wake them"),
+        "cancel_button": button("cancel", "stop; nothing is lost or changed"),
+        "apply_button": button("apply", "leave the marked heads dormant on the model, and give it the weights of the recovery that is shown; undo and apply take it back"),
         "folder": made(widgets.Text, "20em", "save in folder", value="", placeholder="a new folder"),
-        "save_button": button("save", "save the model with the marked heads dormant; load_pruned reads it"),
+        "save_button": button("save", "save the model as it is shown; load_pruned reads it"),
     }
 
 # %% ../nbs/51_controls.ipynb #e7733daf
@@ -106,12 +109,12 @@ class HeadGrid:
                 button.layout = self.framed if (layer, head) == chosen else self.plain
         return low, high
 
-# %% ../nbs/51_controls.ipynb #a07435c6
+# %% ../nbs/51_controls.ipynb #a3b93c10
 class Work:
     "Runs a generator that yields (done, in all or None). `shown(share, text)` after every piece; `ended(error or None)` once, unless it is cancelled."
 
-    def __init__(self, steps, shown, ended, lock=None):
-        self.steps, self.shown, self.ended, self.loop, self.lock = steps, shown, ended, None, lock or threading.RLock()
+    def __init__(self, steps, shown, ended, lock=None, unit: str = "batches"):
+        self.steps, self.shown, self.ended, self.loop, self.lock, self.unit = steps, shown, ended, None, lock or threading.RLock(), unit
 
     def start(self) -> None:
         "Begin; without an event loop this returns when all is done."
@@ -146,5 +149,5 @@ class Work:
                 if isinstance(error, (StopIteration, PlasticityError)):
                     return False
                 raise
-            self.shown(done / total if total else 0.5, f"{done} of {total} batches" if total else f"{done} batches")
+            self.shown(done / total if total else 0.5, f"{done} of {total} {self.unit}" if total else f"{done} {self.unit}")
             return self.steps is not None

@@ -60,7 +60,7 @@ def highest_level(
     steps = [step for step in range(round(0.9 / STEP) + 1) if math.floor(heads * step * STEP + 1e-9) <= spare]
     return round(steps[-1] * STEP, 2)
 
-# %% ../nbs/51_exploring.ipynb #f8de9886
+# %% ../nbs/51_exploring.ipynb #b99d1222
 class Answers:
     "What a model says and attends to when some of its heads sleep. The model is left as it is."
 
@@ -98,6 +98,10 @@ class Answers:
             with gate_heads(self.basis, self.opened(self.asleep)):
                 self._looked = sentence, _look(self.basis, self.tokenizer, sentence)
         return self._looked[1]
+
+    def on_all_the_text(self, dormant: Tensor, recovery: Recovery | None = None) -> tuple[float, int] | None:
+        "Perplexity and number of tokens, once they have been read."
+        return self.whole.get(_key(dormant, recovery))
 
     def read_all(self, dormant: Tensor, recovery: Recovery | None = None):  # yields (batches done, batches in all or None)
         "Read all the text, a batch at a time: `whole` gets the perplexity with these heads asleep and of the model as it is, `statistics` those of every head."

@@ -127,14 +127,14 @@ def put_like(
     if waking.any():
         revive_heads(model, waking)
 
-# %% ../nbs/51_recovery.ipynb #61eee41a
+# %% ../nbs/51_recovery.ipynb #4d403884
 class Recovery:
-    "A copy of a model with some heads asleep, and how its training goes: `history` has lists `step`, `train_loss` (nats, mean since the entry before) and `perplexity`."
+    "A copy of a model with some heads asleep, and how its training of so many `steps` goes: `history` has lists `step`, `train_loss` (nats, mean since the entry before) and `perplexity`."
 
     def __init__(self, model: nn.Module, dormant: Tensor, zeroed: Tensor):
         self.model = copy_of(model)
         put_like(self.model, dormant, zeroed)
-        self.history = {"step": [], "train_loss": [], "perplexity": []}
+        self.history, self.steps = {"step": [], "train_loss": [], "perplexity": []}, 0
 
     def _noted(self, step: int, metrics: dict) -> None:
         for name, values in self.history.items():
@@ -150,7 +150,7 @@ class Recovery:
         "Train in pieces, and measure the perplexity before, afterwards and some eight times in between."
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise InvalidArgument(f"steps is {steps!r}; it is a number of training steps, 1 or more")
-        interval = math.ceil(steps / 8)
+        self.steps, interval = steps, math.ceil(steps / 8)
         passes = steps + len(validation) * (1 + math.ceil(steps / interval))
         work = in_pieces(lambda: train_with_plasticity(self.model, batches, validation, [], learning_rate, steps, interval, callback=self._noted, progress=False), self.model)
         with closing(work) as pieces:

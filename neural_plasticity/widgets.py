@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['AFFORDABLE', 'Explorer', 'explore', 'highest_level', 'small_slice']
 
-# %% ../nbs/51_widgets.ipynb #ceccaa85
+# %% ../nbs/51_widgets.ipynb #758ab7a7
 import gc
-import hashlib
 import html
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,12 +17,14 @@ from torch import nn
 
 from .controls import HEADS_STYLE, LARGEST, HeadGrid, Work, core_widgets, explorer_controls, shades
 from .errors import InvalidArgument, PlasticityError, WrongType
-from .exploring import Exploration, highest_level, one_head, small_slice
+from .exploring import highest_level, one_head, small_slice
 from .gates import dormant_heads
 from .importance import CRITERIA, criteria_within, measure_heads
-from .panels import attention_svg, comparison_html, described, formula_html, key_html, links_text, picture_html, statistics_html
+from .panels import described, formula_html, key_html, picture_html
 from .probing import anatomy_of
 from .pruning import strategy_name
+from .running import own_randomness, some_batches
+from .views import View
 
 _all_ = ["highest_level", "small_slice"]
 
@@ -38,54 +40,8 @@ def _later_collection():
         if enabled:
             gc.enable()
 
-# %% ../nbs/51_widgets.ipynb #bf3b015d
-class _View(Exploration):
-    "What of an exploration is shown, as HTML."
-
-    chosen: tuple[int, int]  # the head that is looked at
-    reads: str  # the sentence that it reads
-
-    def kinds(self) -> dict:
-        "(layer, head) → what it is, for every head there is."
-        hands = self.position.by_hand
-        return {(layer, head): ("gated by hand" if hands[layer, head] else "revived by hand") if (layer, head) in hands else "dormant" if self.dormant[layer, head] else "active"
-                for layer, head in self.exists.nonzero().tolist()}
-
-    def _table_html(self) -> str:
-        pruned, total, key = int(self.mask.sum()), int(self.exists.sum()), tuple(self.dormant.flatten().tolist())
-        woken, hands = int((self.asleep & ~self.dormant).sum()), len(self.position.by_hand)
-        heads = f"without {pruned} of {total} heads ({pruned / total:.0%})" + f", {woken} woken" * bool(woken) + f", {hands} by hand" * bool(hands)
-        numbers = [(self.tokens, self.dense_perplexity, self.perplexity)]
-        if key in self.whole:
-            numbers.append((self.whole[key][1], self.whole[tuple(self.asleep.flatten().tolist())][0], self.whole[key][0]))
-        return comparison_html(heads, numbers, self.prompt, (self.dense_sample, self.sample))
-
-    def _head_html(self) -> str:
-        columns = {"this sentence": self.look(self.reads)[1]} | ({"all the text": self.statistics} if self.statistics else {})
-        layer, head = self.chosen
-        return (f'<div class="plasticity-head" style="line-height:1.45"><b>head ({layer}, {head})</b>: {self.kinds()[self.chosen]}, {html.escape(self.position.strategy)} '
-                f'{float(self.scores[self.chosen]):.3g}{statistics_html(columns, self.chosen)}</div>')
-
-    def _attention_html(self) -> str:
-        (layer, head), (maps, _, tokens) = self.chosen, self.look(self.reads)
-        links = links_text(maps[layer][head], tokens)
-        name = f"Attention of head ({layer}, {head}), queries down, keys across. {links}"
-        return f'<div class="plasticity-attention">{attention_svg(maps[layer][head], tokens, name)}<div style="max-width:34em;white-space:normal;line-height:1.45">{html.escape(links)}</div></div>'
-
-    def _static_class(self) -> str:
-        "A name for the static output that is the same in every run, and another one for another explorer."
-        about = f"{self.dense_perplexity} {self.dense_sample} {list(self.maps)} {self.start}"
-        return f"plasticity-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-
-    def _static_html(self) -> str:
-        "The same for a page without widgets."
-        level, strategy = self.position.level, self.position.strategy
-        position = f"prune level <b>{level:.0%}</b>, strategy <b>{html.escape(strategy)}</b>: {formula_html(strategy)}"
-        return (f'<div class="{self._static_class()}"><p>{position}</p>{picture_html(self.figure, described(strategy, self.dormant))}{self._table_html()}{self._head_html()}{self._attention_html()}'
-                '<p style="opacity:.75">In a running notebook, controls for level, strategy and every head stand here.</p></div>')
-
-# %% ../nbs/51_widgets.ipynb #06b14fa3
-class _Plumbing(_View):
+# %% ../nbs/51_widgets.ipynb #ae5f7352
+class _Plumbing(View):
     "From a control to a verb, and from a verb to what is shown."
 
     def _tried(self, verb, *args) -> None:
@@ -115,12 +71,25 @@ class _Plumbing(_View):
     def _progressed(self, share: float, text: str) -> None:
         self._parts["status"].value = f'<span role="status">{html.escape(text)}</span>'
         self.progress.value = share
+        self._parts["curve"].value = self._recovery_html()  # goes to the page only when it is another
 
-    def _ended(self, error: BaseException | None) -> None:
-        self.work = None
-        self.refresh(None if error else "All the text has been read.")
-        if error:
-            self._said(error)
+    def _begin(self, doing: str, pieces, over, unit: str = "batches") -> None:
+        "Begin long work; `over()` says what came of it."
+        if self.work is not None:
+            raise InvalidArgument(f"{self.progress.description} is under way; wait for its end, or cancel it")
+
+        def ended(error):
+            self.work = None
+            if error:
+                self.refresh(follow=("strategy",))
+                self._said(error)
+            else:
+                over()
+
+        self.progress.description, self.progress.value = doing, 0
+        self.work = Work(pieces, self._progressed, ended, self._lock, unit)
+        self.refresh("starting")
+        self.work.start()
 
     def refresh(self, status: str | None = None, follow=()) -> None:
         """Bring what is shown in line with the position. Only the controls named in `follow` are set: the others may have been moved again meanwhile, and
@@ -135,7 +104,7 @@ class _Plumbing(_View):
 
     def __repr__(self):
         return (f"Explorer({self.position.strategy}, {self.position.level:.0%}: {int(self.mask.sum())} of {int(self.exists.sum())} heads pruned, "
-                f"perplexity {self.perplexity:.2f}, before {self.dense_perplexity:.2f})")
+                f"perplexity {self.perplexity:.2f}, before {self.dense_perplexity:.2f}" + (f", recovered {self.recovered_perplexity:.2f}" if self.position.recovery else "") + ")")
 
     def _ipython_display_(self):
         from IPython.display import display
@@ -143,12 +112,16 @@ class _Plumbing(_View):
         display({"text/html": self._static_html(), "text/plain": repr(self)}, raw=True)
         display(self.widget)
 
-# %% ../nbs/51_widgets.ipynb #514a686a
+# %% ../nbs/51_widgets.ipynb #d61841c4
 def _dormancy(explorer) -> str:
     "Whether what is shown is on the model."
     on_model = set(dormant_heads(explorer.model))
     shown = {tuple(head) for head in explorer.dormant.nonzero().tolist()}
-    return "The model is as shown." if on_model == shown else f"Only shown: {len(on_model)} heads are dormant on the model itself, {len(shown)} here."
+    if on_model != shown:
+        return f"Only shown: {len(on_model)} heads are dormant on the model itself, {len(shown)} here."
+    if explorer.applied is not explorer.position.recovery:
+        return "Only shown: the model's own weights are not those of the recovery." if explorer.position.recovery else "Only shown: the model has the weights of a recovery, which apply takes back."
+    return "The model is as shown."
 
 
 def _show_controls(explorer, follow) -> None:
@@ -160,6 +133,7 @@ def _show_controls(explorer, follow) -> None:
     explorer.undo_button.disabled = not explorer.history
     running = explorer.work is not None
     explorer.read_button.disabled, explorer.cancel_button.disabled = running, not running
+    explorer.recover_button.disabled = running or explorer.train is None
     explorer.progress.layout.display = explorer.cancel_button.layout.display = None if running else "none"
 
 
@@ -176,13 +150,15 @@ def _show_parts(explorer) -> None:
         parts["about"].value, parts["attention"].value = explorer._head_html(), explorer._attention_html()
     except InvalidArgument as error:  # a sentence of one token, from an empty prompt: all else can be shown
         parts["about"].value = html.escape(str(error))
-    parts["table"].value = explorer._table_html()
+    parts["curve"].value, parts["table"].value = explorer._recovery_html(), explorer._table_html()
 
-# %% ../nbs/51_widgets.ipynb #9eede66c
+# %% ../nbs/51_widgets.ipynb #b29a63b4
 class _Following(_Plumbing):
     "Verbs after which everything that is shown follows."
 
     def move(self, level=None, strategy=None, by_hand=None, follow=True) -> None:
+        if strategy in CRITERIA and strategy not in self.maps:
+            return self.measure(strategy)
         super().move(level, strategy, by_hand)
         given = [name for name, value in (("level", level), ("strategy", strategy)) if value is not None]
         self.refresh(follow=given if follow else ())
@@ -194,7 +170,7 @@ class _Following(_Plumbing):
 
     def apply(self):
         heads = super().apply()
-        self.refresh(f"Applied: {len(heads)} heads of the model are dormant now.")
+        self.refresh(f"Applied: {len(heads)} heads of the model are dormant now" + (", and it has the weights of the recovery." if self.applied else "."))
         return heads
 
     def save(self, folder):
@@ -215,17 +191,33 @@ class _Following(_Plumbing):
 
     def read_everything(self) -> None:
         "Perplexity and attention statistics on all the text, a batch at a time; `cancel` stops it."
-        if self.work is None:
-            self.work = Work(self.read_all(self.dormant), self._progressed, self._ended, self._lock)
-            self.refresh("starting")
-            self.work.start()
+        self._begin("reading", self.read_all(self.dormant, self.position.recovery), lambda: self.refresh("All the text has been read."))
+
+    def measure(self, strategy: str) -> None:
+        "Measure one more criterion, and choose by it; `cancel` stops it."
+        try:
+            self._begin("measuring", self.measuring(strategy, self.selection), lambda: self.move(strategy=strategy), "forward passes")
+        except InvalidArgument:
+            self.refresh(follow=("strategy",))
+            raise
+
+    def recover(self, steps: int | None = None) -> None:
+        "Train a copy of the model as it is shown on the text given as `train`; `cancel` stops it, `undo` takes it back."
+        if self.train is None:
+            raise InvalidArgument("there is no text to train on; give explore(..., train=batches), text that is not the validation text")
+        steps = self.steps.value if steps is None else steps
+
+        def over():
+            self.refresh(f"Recovered: perplexity {self.perplexity:.2f} → {self.recovered_perplexity:.2f} in {steps} steps, as it is {self.dense_perplexity:.2f}.", follow=("level", "strategy"))
+
+        self._begin("recovering", self.recovering(self.train, steps, self.learning_rate), over, "forward passes")
 
     def cancel(self) -> None:
         "Stop long work. What was found so far is thrown away; the model is as it was."
         if self.work is not None:
             self.work.cancel()
             self.work = None
-            self.refresh("Cancelled; nothing has changed.")
+            self.refresh("Cancelled; nothing has changed.", follow=("strategy",))
 
     def close(self) -> None:
         "Stop, and take the widgets off the page. What was not applied is not on the model."
@@ -233,7 +225,7 @@ class _Following(_Plumbing):
         for widget in (*self._widgets(), self.widget):
             widget.close()
 
-# %% ../nbs/51_widgets.ipynb #6954cc64
+# %% ../nbs/51_widgets.ipynb #981a535b
 def _assembled(explorer):
     "Controls above, the map and the chosen head in the middle, the comparison below."
     widgets, parts = core_widgets(), explorer._parts
@@ -246,28 +238,30 @@ def _assembled(explorer):
     return widgets.VBox([
         row(explorer.level, explorer.strategy, explorer.undo_button), parts["formula"], parts["problem"],
         row(explorer.layer, explorer.head, explorer.toggle_button, explorer.sentence),
-        row(explorer.read_button, explorer.progress, explorer.cancel_button, explorer.apply_button, explorer.folder, explorer.save_button, parts["status"]),
-        row(widgets.VBox(chart, layout=widgets.Layout(margin="0 2em 0 0", max_width="100%")), parts["attention"], align_items="flex-start"), parts["table"],
+        row(explorer.read_button, explorer.steps, explorer.recover_button, explorer.progress, explorer.cancel_button, explorer.apply_button, explorer.folder, explorer.save_button, parts["status"]),
+        row(widgets.VBox(chart, layout=widgets.Layout(margin="0 2em 0 0", max_width="100%")), parts["attention"], align_items="flex-start"), parts["curve"], parts["table"],
     ], layout=whole)
 
-# %% ../nbs/51_widgets.ipynb #429d3e78
+# %% ../nbs/51_widgets.ipynb #ad923675
 class Explorer(_Following):
-    """An `Exploration` with its controls: `level`, `strategy`, `layer`, `head`, `sentence`, `folder` (set their `.value`), the buttons `undo_button`, `toggle_button`, `read_button`,
-    `cancel_button`, `apply_button`, `save_button` (`.click()`), and `grid.buttons[layer, head]`. `widget` holds all that is shown. Made by `explore`."""
+    """An `Exploration` with its controls: `level`, `strategy`, `layer`, `head`, `sentence`, `steps`, `folder` (set their `.value`), the buttons `undo_button`, `toggle_button`, `read_button`,
+    `recover_button`, `cancel_button`, `apply_button`, `save_button` (`.click()`), and `grid.buttons[layer, head]`. `widget` holds all that is shown. Made by `explore`."""
 
-    def __init__(self, model, tokenizer, maps, validation, prompt, level, strategy, tokens, new_tokens):
+    def __init__(self, model, tokenizer, maps, validation, prompt, level, strategy, tokens, new_tokens, *, selection, train, steps, learning_rate):
+        self.selection, self.train, self.learning_rate = selection, train, learning_rate
         self.start, self.work, self._busy, self._lock = (level, strategy), None, False, threading.RLock()  # some notebooks hear widgets in a thread of their own
         super().__init__(model, tokenizer, maps, validation, prompt, level, strategy, tokens, new_tokens)
         self.chosen, self.reads = divmod(int(self.scores.nan_to_num(-torch.inf).argmax()), self.exists.shape[1]), " ".join(self.dense_sample.split())  # the head that counts most
-        self.__dict__.update(explorer_controls(level, highest_level(self.exists, self.asleep), strategy, list(maps), self.exists.shape, self.reads))
+        self.__dict__.update(explorer_controls(level, highest_level(self.exists, self.asleep), strategy, list(dict.fromkeys([*maps, *CRITERIA])), self.exists.shape,
+                                               self.reads, steps, train is not None))
         self.grid = HeadGrid(self.exists, lambda *head: self._tried(self.choose, *head)) if int(self.exists.sum()) <= LARGEST else None
-        self._parts = {name: core_widgets().HTML() for name in ("formula", "problem", "status", "picture", "key", "about", "attention", "table")}
+        self._parts = {name: core_widgets().HTML() for name in ("formula", "problem", "status", "picture", "key", "about", "attention", "curve", "table")}
         self.widget = _assembled(self)
         self.refresh(follow=("layer", "head"))
         for control, verb in ((self.level, lambda: self.move(level=self.level.value, follow=False)), (self.strategy, lambda: self.move(strategy=self.strategy.value, follow=False)),
                               (self.sentence, lambda: self.read(self.sentence.value, follow=False)), (self.layer, self._counted), (self.head, self._counted)):
             control.observe(lambda _, verb=verb: self._tried(verb), "value")
-        for button, verb in ((self.undo_button, self.undo), (self.toggle_button, lambda: self.toggle(*self.chosen)), (self.read_button, self.read_everything),
+        for button, verb in ((self.undo_button, self.undo), (self.toggle_button, lambda: self.toggle(*self.chosen)), (self.read_button, self.read_everything), (self.recover_button, self.recover),
                              (self.cancel_button, self.cancel), (self.apply_button, self.apply), (self.save_button, lambda: self.save(self.folder.value))):
             button.on_click(lambda _, verb=verb: self._pressed(verb))
 
@@ -283,7 +277,7 @@ class Explorer(_Following):
         "Every control and every part."
         return [part for part in self.__dict__.values() if isinstance(part, core_widgets().Widget)] + list(self._parts.values()) + (list(self.grid.buttons.values()) if self.grid else [])
 
-# %% ../nbs/51_widgets.ipynb #7dcd51af
+# %% ../nbs/51_widgets.ipynb #bc35a671
 AFFORDABLE = 3  # forward passes over the selection data
 
 
@@ -292,7 +286,19 @@ def _offered(strategy: str) -> list[str]:
     names = criteria_within(AFFORDABLE)
     return names + [strategy] * (strategy in CRITERIA and strategy not in names)
 
-# %% ../nbs/51_widgets.ipynb #ff8e3cef
+
+def _checked(steps, learning_rate, train, validation) -> None:
+    "Raise for what a recovery could not be done with."
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InvalidArgument(f"steps is {steps!r}; it is a number of training steps, 1 or more")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not learning_rate > 0:
+        raise InvalidArgument(f"learning_rate is {learning_rate!r}; it must be a number above 0")
+    if train is not None and train is validation:
+        raise InvalidArgument("train is the validation data itself; on text that was trained on, a perplexity says nothing. Give other batches")
+    if isinstance(train, Iterator):
+        raise WrongType(f"train is a {type(train).__name__}, which can be gone through once; give a DataLoader or a list of batches")
+
+# %% ../nbs/51_widgets.ipynb #6e32005d
 def explore(
     model: nn.Module,  # a causal language model; left as it is until *apply*, and to be left as it is while it is explored
     tokenizer,
@@ -302,16 +308,22 @@ def explore(
     level: float = 0.4,  # share of the heads pruned at first
     strategy="taylor",  # criterion that chooses at first
     *,
+    train=None,  # batches with labels, which *recover* trains on; neither of the others, or its numbers mean little. None: no recovery
+    steps: int = 40,  # of training, at first
+    learning_rate: float = 5e-5,
     scores=None,  # score maps that were measured already, {criterion: [L,H]}; None: measured on `selection`
     num_batches: int | None = 8,  # of `selection`
     tokens: int = 1024,  # of `validation`
     new_tokens: int = 24,  # length of the text sample
 ) -> Explorer:
-    """Explore which heads a model can spare, with a slider for the prune level, a list of strategies, and every head by hand. Nothing is left on the model but by *apply*. Every criterion that costs no more than three
-    forward passes is there, your own ones included, and the one that you begin with, whatever it costs; `iterative` is not, because it measures and
+    """Explore which heads a model can spare, with a slider for the prune level, a list of strategies, and every head by hand. Nothing is left on the model but by *apply*. Every criterion is there, your own ones included: what costs no more than three
+    forward passes is measured at first, and so is the one that you begin with; the others are when they are chosen. `iterative` is not there, because it measures and
     compensates anew in every round."""
     name = strategy_name(strategy)
-    maps = measure_heads(model, selection, _offered(name), num_batches) if scores is None else scores
+    _checked(steps, learning_rate, train, validation)
+    with own_randomness():  # a DataLoader draws
+        selection = list(some_batches(selection, model, num_batches))
+    maps = measure_heads(model, selection, _offered(name)) if scores is None else scores
     if name not in maps:
         raise InvalidArgument(f"strategy {name!r} is no score map that a slider could prune from; there are {', '.join(maps)}"
                               + (". iterative works in rounds and takes seconds a position: choose_heads(...) does it" if name == "iterative" else ""))
@@ -321,4 +333,4 @@ def explore(
         raise InvalidArgument(f"level is {level!r}; it is a fraction{hint}, here from 0 to {highest:g}, which leaves an active head in every layer")
     if not isinstance(prompt, str):
         raise WrongType(f"prompt is a {type(prompt).__name__}; give the text that the sample begins with")
-    return Explorer(model, tokenizer, maps, validation, prompt, float(level), name, tokens, new_tokens)
+    return Explorer(model, tokenizer, maps, validation, prompt, float(level), name, tokens, new_tokens, selection=selection, train=train, steps=steps, learning_rate=learning_rate)
