@@ -38,6 +38,7 @@ _ROOMS = {
     "cells": "run_cells CellsFailed",
     "experiment": "ExperimentConfig prepare_experiment run_experiment resume_experiment comparison_table",
     "sweep": "run_sweep",
+    "widgets": "explore",
     "core": "NeuralPlasticity",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
