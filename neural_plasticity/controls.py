@@ -52,7 +52,7 @@ def explorer_controls(level: float, highest: float, strategy: str, strategies: l
         "save_button": button("save", "save the model as it is shown; load_pruned reads it"),
     }
 
-# %% ../nbs/51_controls.ipynb #806947b9
+# %% ../nbs/51_controls.ipynb #fad7ee78
 LARGEST = 1200  # heads that are drawn as buttons
 _COLORS = 16
 FRAME = "#d55e00"
@@ -106,7 +106,7 @@ class HeadGrid:
         for (layer, head), button in self.buttons.items():
             kind = kinds[layer, head]
             with button.hold_sync():
-                button.style, button.description = self.styles[shades[layer][head]], MARKS[kind]
+                button.style, button.description = self.styles[shades[layer][head]], MARKS[kind] or "\u00a0"  # the page would leave an old mark if this were empty
                 button.tooltip = f"layer {layer}, head {head}: {kind}, {name} {float(scores[layer, head]):.3g}"
                 button.layout = self.framed if (layer, head) == chosen else self.plain
         return low, high

@@ -6,10 +6,9 @@
 __all__ = ['MARKS', 'picture_html', 'described', 'formula_html', 'sample_html', 'comparison_html', 'shown_token',
            'strongest_links', 'links_text', 'attention_svg', 'statistics_html', 'recovery_html', 'key_html']
 
-# %% ../nbs/51_panels.ipynb #8f472f17
+# %% ../nbs/51_panels.ipynb #923d3aad
 import base64
 import html
-import math
 import os
 
 import torch
@@ -160,7 +159,7 @@ def statistics_html(
         rows += f'<tr style="background:none" title="{html.escape(meaning)}"><th scope="row" style="{style};font-weight:normal">{name}</th>{cells}</tr>'
     return f'<table class="plasticity-statistics" style="{_TABLE}"><tr style="background:none"><td></td>{titles}</tr>{rows}</table>'
 
-# %% ../nbs/51_panels.ipynb #223a251a
+# %% ../nbs/51_panels.ipynb #2645450d
 def recovery_html(
     history: dict,  # lists `step`, `train_loss`, `perplexity`
     steps: int,  # in all
@@ -170,14 +169,14 @@ def recovery_html(
     step, perplexity = history["step"], history["perplexity"]
     if not step:
         return ""
-    learned = [math.exp(min(loss, 700)) if loss == loss else None for loss in history["train_loss"]]
     ends = (0, steps)
-    lines = {"new text": list(zip(step, perplexity)), "as it is": [(end, dense) for end in ends], "text trained on": list(zip(step, learned)), "before recovery": [(end, perplexity[0]) for end in ends]}
+    lines = {"new text": list(zip(step, perplexity)), "as it is": [(end, dense) for end in ends], "before recovery": [(end, perplexity[0]) for end in ends]}
+    charts = line_chart(lines, "training steps", "perplexity"), line_chart({"text trained on": list(zip(step, history["train_loss"]))}, "training steps", "loss (nats)")
     losses = [f", loss on the text trained on {loss:.3f} nats" for loss in history["train_loss"][-1:] if loss == loss]
     words = f"Step {step[-1]} of {steps}: perplexity {perplexity[0]:.2f} → <b>{perplexity[-1]:.2f}</b> (as it is {dense:.2f}){''.join(losses)}"
-    look = f"--ink:{INK};--muted:{MUTED};--data:{BLUE};--good:{GREEN};--bad:{ORANGE};background:{CARD};border-radius:8px;padding:.6em;max-width:690px;overflow-x:auto"
-    return (f"<style>.plasticity-curve text {{font: 12px sans-serif}} .plasticity-curve .axis {{fill: none; stroke: {LINE}}}</style>"
-            f'<div class="plasticity-recovery" style="line-height:1.45">{words}<div class="plasticity-curve" style="{look}">{line_chart(lines, "training steps", "perplexity")}</div></div>')
+    look = f"--ink:{INK};--muted:{MUTED};--data:{BLUE};--good:{GREEN};--bad:{ORANGE};background:{CARD};border-radius:8px;padding:.6em;max-width:56em;display:flex;flex-wrap:wrap;gap:.5em 1.5em"
+    style = f".plasticity-curve text {{font: 15px sans-serif}} .plasticity-curve .axis {{fill: none; stroke: {LINE}}} .plasticity-curve svg {{flex: 1 1 20em; min-width: 0 !important}}"
+    return f'<style>{style}</style><div class="plasticity-recovery" style="line-height:1.45">{words}<div class="plasticity-curve" style="{look}">{"".join(charts)}</div></div>'
 
 # %% ../nbs/51_panels.ipynb #46cc1a49
 MARKS = {"dormant": "×", "gated by hand": "⊗", "revived by hand": "○", "active": ""}  # on a cell of the map, by what the head is

@@ -58,7 +58,7 @@ def shown(explorer):
 
 
 def marks(explorer):
-    return {head: button.description for head, button in explorer.grid.buttons.items() if button.description}
+    return {head: button.description for head, button in explorer.grid.buttons.items() if button.description.strip()}
 
 
 def test_a_move_changes_everything_that_is_shown(parts, maps):
