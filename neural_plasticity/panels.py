@@ -159,7 +159,7 @@ def statistics_html(
         rows += f'<tr style="background:none" title="{html.escape(meaning)}"><th scope="row" style="{style};font-weight:normal">{name}</th>{cells}</tr>'
     return f'<table class="plasticity-statistics" style="{_TABLE}"><tr style="background:none"><td></td>{titles}</tr>{rows}</table>'
 
-# %% ../nbs/51_panels.ipynb #2645450d
+# %% ../nbs/51_panels.ipynb #e83d7a24
 def recovery_html(
     history: dict,  # lists `step`, `train_loss`, `perplexity`
     steps: int,  # in all
@@ -174,8 +174,8 @@ def recovery_html(
     charts = line_chart(lines, "training steps", "perplexity"), line_chart({"text trained on": list(zip(step, history["train_loss"]))}, "training steps", "loss (nats)")
     losses = [f", loss on the text trained on {loss:.3f} nats" for loss in history["train_loss"][-1:] if loss == loss]
     words = f"Step {step[-1]} of {steps}: perplexity {perplexity[0]:.2f} → <b>{perplexity[-1]:.2f}</b> (as it is {dense:.2f}){''.join(losses)}"
-    look = f"--ink:{INK};--muted:{MUTED};--data:{BLUE};--good:{GREEN};--bad:{ORANGE};background:{CARD};border-radius:8px;padding:.6em;max-width:56em;display:flex;flex-wrap:wrap;gap:.5em 1.5em"
-    style = f".plasticity-curve text {{font: 15px sans-serif}} .plasticity-curve .axis {{fill: none; stroke: {LINE}}} .plasticity-curve svg {{flex: 1 1 20em; min-width: 0 !important}}"
+    look = f"--ink:{INK};--muted:{MUTED};--data:{BLUE};--good:{GREEN};--bad:{ORANGE};background:{CARD};border-radius:8px;padding:.6em;max-width:68em;display:flex;flex-wrap:wrap;gap:.5em 1.5em"
+    style = f".plasticity-curve text {{font: 17px sans-serif}} .plasticity-curve .axis {{fill: none; stroke: {LINE}}} .plasticity-curve svg {{flex: 1 1 20em; min-width: 0 !important}}"
     return f'<style>{style}</style><div class="plasticity-recovery" style="line-height:1.45">{words}<div class="plasticity-curve" style="{look}">{"".join(charts)}</div></div>'
 
 # %% ../nbs/51_panels.ipynb #46cc1a49
