@@ -52,7 +52,7 @@ def explorer_controls(level: float, highest: float, strategy: str, strategies: l
         "save_button": button("save", "save the model as it is shown; load_pruned reads it"),
     }
 
-# %% ../nbs/51_controls.ipynb #fad7ee78
+# %% ../nbs/51_controls.ipynb #ce1ba497
 LARGEST = 1200  # heads that are drawn as buttons
 _COLORS = 16
 FRAME = "#d55e00"
@@ -70,7 +70,7 @@ HEADS_STYLE = """<style>.plasticity-heads .jupyter-button, .plasticity-heads .wi
 display: flex; align-items: center; justify-content: center; text-shadow: 0 0 2px #000, 0 0 2px #000, 0 0 3px #000} .plasticity-heads .widget-label {text-align: center; line-height: 1.3}
 .plasticity-heads button[style*="border"] {outline: 2px solid #fff; box-shadow: 0 0 0 4px #000; z-index: 1; position: relative}</style>"""  # the chosen cell: rings that stand out from any colour
 
-
+# %% ../nbs/51_controls.ipynb #e35e880b
 class HeadGrid:
     "A button for every head. `show` colours and marks them; `clicked` is called with (layer, head)."
 
