@@ -166,11 +166,9 @@ class Position:
     by_hand: dict = field(default_factory=dict)  # (layer, head) → True: dormant, False: active, whatever the strategy says
     recovery: Recovery | None = None  # whose weights the model has here; None: its own
 
-# %% ../nbs/51_exploring.ipynb #e0ea6b96
-class Exploration(Answers):
-    """A position and what it gives: `scores` and `mask` [L,H] (True: asleep beyond the model as it is), `dormant` [L,H] (all that sleeps), `perplexity` and `sample`; beside them
-    the model's own `dense_perplexity` and `dense_sample`, and after a recovery `recovered_perplexity` and `recovered_sample` (else None). `apply` and `save` are the only verbs
-    that reach the model or the disk."""
+# %% ../nbs/51_exploring.ipynb #a1994e34
+class _Positions(Answers):
+    "Where one can go, and back."
 
     def __init__(self, model, tokenizer, maps, validation, prompt, level, strategy, tokens=1024, new_tokens=24):
         super().__init__(model, tokenizer, validation, prompt, tokens, new_tokens)
@@ -224,6 +222,18 @@ class Exploration(Answers):
             self._answers, self.whole = ({key: found for key, found in known.items() if key[-1] is not gone} for known in (self._answers, self.whole))
         return self.position
 
+    @property
+    def figure(self):
+        "The score map with the sleeping heads marked, as a matplotlib figure."
+        name, total = self.position.strategy, int(self.exists.sum())
+        return visualize_pruning_decisions(self.scores, self.dormant, title=f"{name}: {int(self.dormant.sum())} of {total} heads dormant", label=f"{name} (higher = more important)")
+
+# %% ../nbs/51_exploring.ipynb #12250081
+class Exploration(_Positions):
+    """A position and what it gives: `scores` and `mask` [L,H] (True: asleep beyond the model as it is), `dormant` [L,H] (all that sleeps), `perplexity` and `sample`; beside them
+    the model's own `dense_perplexity` and `dense_sample`, and after a recovery `recovered_perplexity` and `recovered_sample` (else None). `apply` and `save` are the only verbs
+    that reach the model or the disk."""
+
     def measuring(self, strategy: str, batches: list):  # yields (forward passes done, None)
         "Measure one more criterion, on a copy; `maps` has it in the end."
         if strategy not in CRITERIA:
@@ -263,12 +273,6 @@ class Exploration(Answers):
     def save(self, folder) -> Path:  # the folder
         "Save the model with the heads asleep that are shown; `load_pruned` reads it. The model itself stays as it is. Raises `StorageError` for a folder with other things in it."
         return _saved(self, folder)
-
-    @property
-    def figure(self):
-        "The score map with the sleeping heads marked, as a matplotlib figure."
-        name, total = self.position.strategy, int(self.exists.sum())
-        return visualize_pruning_decisions(self.scores, self.dormant, title=f"{name}: {int(self.dormant.sum())} of {total} heads dormant", label=f"{name} (higher = more important)")
 
 # %% ../nbs/51_exploring.ipynb #afd3fc25
 def one_head(layer: int, head: int, exists: Tensor) -> tuple[int, int]:
