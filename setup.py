@@ -16,7 +16,7 @@ def words(key):
     return settings.get(key, "").split()
 
 
-demo, dev = words("demo_requirements"), words("dev_requirements")
+demo, dev, browser, track = words("demo_requirements"), words("dev_requirements"), words("browser_requirements"), words("track_requirements")
 setup(
     name=settings["lib_name"],
     version=settings["version"],
@@ -39,7 +39,7 @@ setup(
     package_data={"neural_plasticity": ["embedded/**/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=words("requirements"),
-    extras_require={"demo": demo, "dev": demo + dev, "browser": words("browser_requirements")},
+    extras_require={"demo": demo, "track": track, "dev": demo + track + dev, "browser": demo + browser},
     entry_points={"console_scripts": ["neural-plasticity=neural_plasticity.cli:main"]},
     zip_safe=False,
 )

@@ -41,6 +41,9 @@ _ROOMS = {
     "parameters": "refuse_unknown_parameters",
     "experiment": "ExperimentConfig prepare_experiment run_experiment resume_experiment comparison_table",
     "sweep": "run_sweep visualize_sweep",
+    "dashboard": "Dashboard",
+    "tracking": "track_lines",
+    "widgets": "explore",
     "core": "NeuralPlasticity",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

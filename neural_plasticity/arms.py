@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arm', 'run_arm', 'cut_dormant']
 
-# %% ../nbs/50_arms.ipynb #3be2543b
+# %% ../nbs/50_arms.ipynb #15a3f34b
 import copy
 import math
 import shutil
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import heads_to_mask
+from .choosing import recorded
 from .compensation import compensate_heads
 from .config import levels_of
 from .data import no_progress_bars, ready_pair
@@ -94,7 +95,7 @@ class Arm:
         for path in (self.folder.path / "checkpoints").glob(f"{self.name}-*-training"):
             shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/50_arms.ipynb #6f0d7955
+# %% ../nbs/50_arms.ipynb #c582d8a1
 def _measure(arm: Arm) -> dict:
     "Gradient norms and entropies, for the figures; higher = more of it."
     scores = measure_heads(arm.model, arm.prepared.selection, ("gradient", "entropy"), arm.config.selection_batches)
@@ -108,8 +109,9 @@ def _choose(arm: Arm, level: float) -> dict:
     wanted = math.floor(heads * level + 1e-9) - asleep
     if wanted <= 0:
         return {"heads": []}
-    mask = choose_heads(model, arm.prepared.selection, wanted / heads, arm.strategy, arm.config.selection_batches, random_seed=arm.config.seed)
-    return {"heads": mask.nonzero().tolist()}
+    decisions = []
+    mask = choose_heads(model, arm.prepared.selection, wanted / heads, arm.strategy, arm.config.selection_batches, random_seed=arm.config.seed, decisions=decisions)
+    return {**recorded(decisions), "heads": mask.nonzero().tolist()}
 
 
 def _prune(arm: Arm, heads: list) -> dict:

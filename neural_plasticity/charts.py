@@ -34,23 +34,24 @@ def every_other(count: int, room: int) -> range:
     "Indices to write along an axis of `count` places where `room` labels fit."
     return range(0, count, max(1, math.ceil(count / max(1, room))))
 
-# %% ../nbs/41_charts.ipynb #2180d296
+# %% ../nbs/41_charts.ipynb #94e21164
 def heat_map(
     scores: Sequence[Sequence[float | None]],  # by layer, by head; None or NaN: no such head
     label: str,  # what a score is; begins every cell's words
     gone: Iterable = (),  # heads (layer, head) to cross out
+    limits: tuple[float, float] | None = None,  # scores that are palest and fullest, to compare several maps; None: this one's lowest and highest
 ) -> str:
     "One cell a head as SVG."
     rows, crossed = [[_number(value) for value in row] for row in scores], {tuple(head) for head in gone}
     values = [value for row in rows for value in row if value is not None]
-    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    low, high = limits or ((min(values), max(values)) if values else (0.0, 0.0))
     columns, cell = max((len(row) for row in rows), default=0), 26
     width, height, parts = 40 + cell * columns, 24 + cell * len(rows), []
     for layer, row in enumerate(rows):
         for head, value in enumerate(row):
             if value is None:
                 continue
-            x, y, share = 36 + cell * head, 4 + cell * layer, (value - low) / (high - low) if high > low else 0.5
+            x, y, share = 36 + cell * head, 4 + cell * layer, min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.5
             words = f"head ({layer}, {head}): {label} {value:.4g}" + (", pruned" if (layer, head) in crossed else "")
             parts.append(_cell(x, y, (cell - 2, cell - 2), f'fill="var(--data)" fill-opacity="{0.06 + 0.94 * share:.2f}"', words, (layer, head)))
             if (layer, head) in crossed:

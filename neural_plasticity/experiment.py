@@ -86,7 +86,7 @@ def _save_figures(folder: Path, config: ExperimentConfig, chosen: dict) -> None:
             figure.savefig(path.with_name(f".{name}.part.png"), dpi=200)
             os.replace(path.with_name(f".{name}.part.png"), path)
 
-# %% ../nbs/50_experiment.ipynb #266d3546
+# %% ../nbs/50_experiment.ipynb #8c29b478
 class _Source:
     "What a run works with, loaded when a phase first needs it: a run that is over needs nothing."
 
@@ -104,6 +104,7 @@ def run_experiment(
     progress: bool = True,
     prompt: str = "The people of the",  # for the samples of text
     resume: str | Path | None = None,  # a run's folder: the run that was begun there goes on, or begins there; None: a new numbered folder in output_dir
+    on_line=None,  # called with every line of the record, a dict, as it is written; `Dashboard().add` shows the run while it goes on
 ) -> ExperimentResult:
     """Run the chosen strategy, and, with `control`, the random choice and the unpruned control beside it. A run that was killed at any moment and is resumed ends with the same record (times apart) and the same numbers.
     Raises `InvalidArgument` if the folder is the run of another configuration, and `StorageError` if it cannot be written to; what was complete before stays as it was."""
@@ -111,7 +112,7 @@ def run_experiment(
         raise InvalidArgument("neither config nor resume is given; give an ExperimentConfig, or the folder of a run to go on with")
     if resume is None:
         prepared = prepared or prepare_experiment(config)  # mistakes in names show before a folder is made
-    with RunFolder(new_folder(config.output_dir) if resume is None else resume, config) as folder:
+    with RunFolder(new_folder(config.output_dir) if resume is None else resume, config, on_line) as folder:
         source = _Source(folder.config, prepared)
         return _run(folder, source, progress, prompt)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'picture_html', 'described', 'formula_html', 'sample_html', 'comparison_html', 'shown_token',
-           'strongest_links', 'links_text', 'attention_svg', 'statistics_html', 'key_html']
+           'strongest_links', 'links_text', 'attention_svg', 'statistics_html', 'recovery_html', 'key_html']
 
-# %% ../nbs/51_panels.ipynb #5424963b
+# %% ../nbs/51_panels.ipynb #923d3aad
 import base64
 import html
 import os
@@ -14,7 +14,8 @@ import os
 import torch
 from torch import Tensor
 
-from .drawing import BLUE, CARD, INK, LINE, MUTED
+from .charts import line_chart
+from .drawing import BLUE, CARD, GREEN, INK, LINE, MUTED, ORANGE
 from .importance import CRITERIA
 from .streaming import STATISTICS
 
@@ -46,7 +47,7 @@ def formula_html(strategy: str) -> str:
     known = CRITERIA[strategy]
     return f'<span style="opacity:.75">{html.escape(known.formula)}{f" ({html.escape(known.source)})" if known.source else ""}</span>'
 
-# %% ../nbs/51_panels.ipynb #9b5b1725
+# %% ../nbs/51_panels.ipynb #a7ea3908
 def sample_html(prompt: str, sample: str, other: str) -> str:
     "A text sample; the prompt and what both samples share are grey."
     shared = os.path.commonprefix([sample, other])
@@ -60,12 +61,12 @@ def _change(perplexity: float, dense: float) -> str:
 
 
 def _row_html(cells, first: bool) -> str:
-    "One row: its name, the model as it is, the model without the heads."
+    "One row: its name, the model as it is, the model without the heads, and perhaps a recovered one."
     name, *values = cells
     line = "" if first else ";border-top:1px solid rgba(128,128,128,.35)"
     base = "padding:.4em 1.2em .4em 0;text-align:left;vertical-align:top;white-space:normal" + line
     tag, scope = ("th", ' scope="col"') if first else ("td", "")
-    columns = "".join(f'<{tag}{scope} style="{base};width:42%">{value}</{tag}>' for value in values)
+    columns = "".join(f'<{tag}{scope} style="{base};width:{84 // len(values)}%">{value}</{tag}>' for value in values)
     corner = f'<td style="{base}"></td>' if first else f'<th scope="row" style="{base};font-weight:normal;opacity:.75">{name}</th>'
     return f'<tr style="background:none">{corner}{columns}</tr>'
 
@@ -75,15 +76,17 @@ _TABLE = "border-collapse:collapse;color:inherit;background:none;line-height:1.4
 
 def comparison_html(
     heads: str,  # what is asleep, in words
-    perplexities,  # (tokens, of the model as it is, of the model without the heads), one triple for each text
+    perplexities,  # (tokens, of the model as it is, of the model without the heads, of the recovered one if there is one), once for each text
     prompt: str,
-    samples: tuple[str, str],  # what both models write
+    samples: tuple[str, ...],  # what these models write
+    recovered: str = "",  # how the third one came about
 ) -> str:
-    "The model as it is beside the model without the heads."
-    rows = [("", "as it is", heads)]
-    for tokens, dense, pruned in perplexities:
-        rows.append((f"perplexity ({tokens:,} tokens)", f"{dense:.2f}", f"<b>{pruned:.2f}</b> ({_change(pruned, dense)})"))
-    rows.append(("it writes", sample_html(prompt, *samples), sample_html(prompt, *samples[::-1])))
+    "The model as it is beside the model without the heads, and beside that one recovered."
+    rows = [("", "as it is", heads) + ((recovered,) if recovered else ())]
+    for tokens, dense, *others in perplexities:
+        rows.append((f"perplexity ({tokens:,} tokens)", f"{dense:.2f}", *(f"<b>{other:.2f}</b> ({_change(other, dense)})" for other in others)))
+    dense, pruned = samples[:2]
+    rows.append(("it writes", sample_html(prompt, dense, pruned), *(sample_html(prompt, other, dense) for other in samples[1:])))
     body = "".join(_row_html(row, number == 0) for number, row in enumerate(rows))
     return f'<table class="plasticity-answer" aria-live="polite" style="{_TABLE};width:100%;max-width:56em">{body}</table>'
 
@@ -155,6 +158,25 @@ def statistics_html(
         cells = "".join(f'<td style="{style}"><b>{_value(name, own)}</b></td><td style="{style};opacity:.75">{_value(name, middle)}</td>' for own, middle in numbers)
         rows += f'<tr style="background:none" title="{html.escape(meaning)}"><th scope="row" style="{style};font-weight:normal">{name}</th>{cells}</tr>'
     return f'<table class="plasticity-statistics" style="{_TABLE}"><tr style="background:none"><td></td>{titles}</tr>{rows}</table>'
+
+# %% ../nbs/51_panels.ipynb #e83d7a24
+def recovery_html(
+    history: dict,  # lists `step`, `train_loss`, `perplexity`
+    steps: int,  # in all
+    dense: float,  # perplexity of the model as it is
+) -> str:
+    "Perplexity over the steps of a training, and what it is at in words."
+    step, perplexity = history["step"], history["perplexity"]
+    if not step:
+        return ""
+    ends = (0, steps)
+    lines = {"new text": list(zip(step, perplexity)), "as it is": [(end, dense) for end in ends], "before recovery": [(end, perplexity[0]) for end in ends]}
+    charts = line_chart(lines, "training steps", "perplexity"), line_chart({"text trained on": list(zip(step, history["train_loss"]))}, "training steps", "loss (nats)")
+    losses = [f", loss on the text trained on {loss:.3f} nats" for loss in history["train_loss"][-1:] if loss == loss]
+    words = f"Step {step[-1]} of {steps}: perplexity {perplexity[0]:.2f} → <b>{perplexity[-1]:.2f}</b> (as it is {dense:.2f}){''.join(losses)}"
+    look = f"--ink:{INK};--muted:{MUTED};--data:{BLUE};--good:{GREEN};--bad:{ORANGE};background:{CARD};border-radius:8px;padding:.6em;max-width:68em;display:flex;flex-wrap:wrap;gap:.5em 1.5em"
+    style = f".plasticity-curve text {{font: 17px sans-serif}} .plasticity-curve .axis {{fill: none; stroke: {LINE}}} .plasticity-curve svg {{flex: 1 1 20em; min-width: 0 !important}}"
+    return f'<style>{style}</style><div class="plasticity-recovery" style="line-height:1.45">{words}<div class="plasticity-curve" style="{look}">{"".join(charts)}</div></div>'
 
 # %% ../nbs/51_panels.ipynb #46cc1a49
 MARKS = {"dormant": "×", "gated by hand": "⊗", "revived by hand": "○", "active": ""}  # on a cell of the map, by what the head is

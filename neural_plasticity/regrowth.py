@@ -6,7 +6,7 @@
 __all__ = ['PlasticityMemory', 'Change', 'plasticity_step', 'regrow', 'PlasticitySchedule', 'RegrowthScores', 'as_if_dormant',
            'choose_regrowth', 'regrowth_scores']
 
-# %% ../nbs/30_regrowth.ipynb #3bede38b
+# %% ../nbs/30_regrowth.ipynb #01eca59a
 import math
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import RegrowthScores, as_if_dormant, choose_regrowth, difference, losses_if, regrowth_scores
+from .choosing import place_text, score_text
 from .compensation import compensate_heads
 from .errors import InvalidArgument
 from .gates import put_to_sleep, revive_heads, state_of
@@ -24,7 +25,7 @@ from .schedule import PlasticitySchedule
 
 _all_ = ["PlasticitySchedule", "RegrowthScores", "as_if_dormant", "choose_regrowth", "regrowth_scores"]
 
-# %% ../nbs/30_regrowth.ipynb #c7d67572
+# %% ../nbs/30_regrowth.ipynb #24eb772c
 @dataclass
 class PlasticityMemory:
     "What a schedule has to know of the steps before. A checkpoint keeps it: `to_dict` is plain JSON."
@@ -54,6 +55,7 @@ class Change:
     pruned: list[tuple[int, int]] = field(default_factory=list)  # went to sleep
     revived: list[tuple[int, int]] = field(default_factory=list)  # came back
     reasons: dict[tuple[int, int], str] = field(default_factory=dict)  # one sentence a head
+    scores: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # name → [L,H] that was measured to decide; NaN: not asked about
 
     def __bool__(self) -> bool:
         return bool(self.pruned or self.revived)
@@ -96,7 +98,7 @@ class _Trial:
         self.asleep, self.losses = after, losses
         return f"verified {mean:+.4f} ± {stderr:.4f} nats".replace("-", "−")
 
-# %% ../nbs/30_regrowth.ipynb #bf7c0cec
+# %% ../nbs/30_regrowth.ipynb #388f77a1
 def _lowest(scores: Tensor, allowed: Tensor, awake: Tensor, floor: int) -> tuple[int, int] | None:
     "The lowest allowed head whose layer has more than `floor` heads awake."
     ready = allowed & awake & (awake.sum(1) > floor)[:, None]
@@ -115,22 +117,23 @@ def _allowed(model: nn.Module, exists: Tensor, memory: PlasticityMemory, step: i
 
 
 def _score_text(name: str, scores: HeadScores, head: tuple[int, int]) -> str:
-    error = float(scores.stderr[name][head])
-    return f"{name} {float(scores[name][head]):.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+    return score_text(name, float(scores[name][head]), float(scores.stderr[name][head]))
 
-# %% ../nbs/30_regrowth.ipynb #d63ff061
-def _regrow(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, count: int, memory: PlasticityMemory, confidence: float) -> tuple[list, list, dict]:
-    "Heads that come back and heads that give way for them, with reasons; nothing is changed yet."
+# %% ../nbs/30_regrowth.ipynb #0a4936ca
+def _regrow(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, count: int, memory: PlasticityMemory, confidence: float) -> tuple[list, list, dict, dict]:
+    "Heads that come back and heads that give way for them, with reasons and score maps; nothing is changed yet."
     state = state_of(model)
     asleep, allowed = state.dormant, _allowed(model, state.anatomy.exists, memory, step, schedule.cooldown)
     scoring, held_out = _two_sets(model, dataloader, schedule)
     gains = regrowth_scores(model, scoring)
-    stderr = gains.stderr
+    stderr, seen = gains.stderr, {"expected gain": gains.as_subclass(Tensor)}
     gains = gains.as_subclass(Tensor).masked_fill(~allowed, math.nan).as_subclass(RegrowthScores)
     gains.stderr = stderr
     candidates = choose_regrowth(gains, count, confidence)
     swap = schedule.swap and bool(candidates)
     values = measure_heads(model, scoring, (schedule.criterion,)) if swap else None
+    if swap:
+        seen[schedule.criterion] = values[schedule.criterion]
     trial, woken, pruned, reasons = _Trial(model, asleep, held_out, schedule.hysteresis if swap else 0.0), [], [], {}
     for head in candidates:
         other = None
@@ -148,10 +151,10 @@ def _regrow(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: in
         if other is not None:
             pruned.append(other)
             reasons[other] = f"{_score_text(schedule.criterion, values, other)}, gives way to {head}"
-    return woken, pruned, reasons
+    return woken, pruned, reasons, seen
 
-# %% ../nbs/30_regrowth.ipynb #7dd94b81
-def _random_swaps(model: nn.Module, schedule: PlasticitySchedule, step: int, count: int, memory: PlasticityMemory) -> tuple[list, list, dict]:
+# %% ../nbs/30_regrowth.ipynb #6f559046
+def _random_swaps(model: nn.Module, schedule: PlasticitySchedule, step: int, count: int, memory: PlasticityMemory) -> tuple[list, list, dict, dict]:
     "The baseline: heads drawn by lot come back, others drawn by lot give way."
     state = state_of(model)
     asleep, allowed = state.dormant, _allowed(model, state.anatomy.exists, memory, step, schedule.cooldown)
@@ -169,9 +172,9 @@ def _random_swaps(model: nn.Module, schedule: PlasticitySchedule, step: int, cou
         now[other] = True
         woken.append(head)
         pruned.append(other)
-    return woken, pruned, {**{head: "drawn by lot" for head in woken}, **{head: "drawn by lot, gives way" for head in pruned}}
+    return woken, pruned, {**{head: "drawn by lot" for head in woken}, **{head: "drawn by lot, gives way" for head in pruned}}, {}
 
-# %% ../nbs/30_regrowth.ipynb #cd3ebbd4
+# %% ../nbs/30_regrowth.ipynb #94baebe2
 def _bound(model: nn.Module, dataloader, schedule: PlasticitySchedule, memory: PlasticityMemory):
     "A function that tells for a set of dormant heads whether the loss on the first batches is past the bound. The first call measures the baseline."
     if schedule.max_perplexity_rise is None:
@@ -186,8 +189,8 @@ def _bound(model: nn.Module, dataloader, schedule: PlasticitySchedule, memory: P
     return lambda asleep: float(losses_if(model, batches, asleep).double().mean()) > highest
 
 
-def _prune(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, total_steps: int, memory: PlasticityMemory, too_high) -> tuple[list, dict]:
-    "Heads that the ramp sends to sleep, with reasons; nothing is changed yet."
+def _prune(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, total_steps: int, memory: PlasticityMemory, too_high) -> tuple[list, dict, dict]:
+    "Heads that the ramp sends to sleep, with reasons and score maps; nothing is changed yet."
     state, exists = state_of(model), anatomy_of(model).exists
     asleep = torch.zeros_like(exists) if state is None else state.dormant
     number = int(exists.sum())
@@ -195,7 +198,7 @@ def _prune(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int
         memory.start_level = int(asleep.sum()) / number
     count = math.floor(schedule.level(step, total_steps, memory.start_level) * number + 1e-9) - int(asleep.sum())
     if count <= 0 or too_high(asleep):
-        return [], {}
+        return [], {}, {}
     scores = measure_heads(model, _two_sets(model, dataloader, schedule)[0], (schedule.criterion,))
     allowed, chosen, now = _allowed(model, exists, memory, step, schedule.cooldown), [], asleep.clone()
     while len(chosen) < count and (head := _lowest(scores[schedule.criterion], allowed, exists & ~now, schedule.min_heads_per_layer)) is not None:
@@ -206,23 +209,20 @@ def _prune(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int
             now[head] = False
         chosen = chosen[: len(chosen) // 2]
     awake = number - int(asleep.sum())
-    return chosen, {head: f"{_score_text(schedule.criterion, scores, head)}, {_ordinal(place)} of {awake}" for place, head in enumerate(chosen)}
+    reasons = {head: f"{_score_text(schedule.criterion, scores, head)}, {place_text(place, awake)}" for place, head in enumerate(chosen)}
+    return chosen, reasons, {schedule.criterion: scores[schedule.criterion]}
 
-
-def _ordinal(place: int) -> str:
-    return "lowest" if place == 0 else f"number {place + 1} from below"
-
-# %% ../nbs/30_regrowth.ipynb #c41c3308
-def _look(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, count: int, memory: PlasticityMemory, too_high) -> tuple[list, list, dict]:
+# %% ../nbs/30_regrowth.ipynb #51b84760
+def _look(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, count: int, memory: PlasticityMemory, too_high) -> tuple[list, list, dict, dict]:
     "What the dormant heads call for at this step."
     state = state_of(model)
     over = schedule.max_perplexity_rise is not None and state.dormant.any() and too_high(state.dormant)
     if over and schedule.on_rise == "give_back":
         count = max(count, math.ceil(schedule.fraction * int(state.dormant.sum())))
-        woken, _, why = _regrow(model, dataloader, replace(schedule, swap=False), step, count, memory, confidence=0.0)
-        return woken, [], {head: f"{reason}, as perplexity is past its bound" for head, reason in why.items()}
+        woken, _, why, scores = _regrow(model, dataloader, replace(schedule, swap=False), step, count, memory, confidence=0.0)
+        return woken, [], {head: f"{reason}, as perplexity is past its bound" for head, reason in why.items()}, scores
     if not count or (over and schedule.swap):
-        return [], [], {}
+        return [], [], {}, {}
     if schedule.swap and schedule.swap_by == "random":
         return _random_swaps(model, schedule, step, count, memory)
     return _regrow(model, dataloader, schedule, step, count, memory, schedule.confidence)
@@ -237,7 +237,7 @@ def _act(model: nn.Module, dataloader, schedule: PlasticitySchedule, step: int, 
         compensate_heads(model, dataloader, num_batches=schedule.num_batches)
     memory.changed.update(dict.fromkeys(woken + pruned, step))
 
-# %% ../nbs/30_regrowth.ipynb #b4eedfec
+# %% ../nbs/30_regrowth.ipynb #acd4e2b5
 def plasticity_step(
     model: nn.Module,
     dataloader,  # batches with labels to measure on, apart from validation data; the same in every process
@@ -255,19 +255,19 @@ def plasticity_step(
         return Change()
     model = unwrap(model)
     too_high = _bound(model, dataloader, schedule, memory)
-    pruned, reasons = _prune(model, dataloader, schedule, step, total_steps, memory, too_high) if prunes else ([], {})
+    pruned, reasons, scores = _prune(model, dataloader, schedule, step, total_steps, memory, too_high) if prunes else ([], {}, {})
     _act(model, dataloader, schedule, step, memory, [], pruned)
-    woken, gave_way, why = _look(model, dataloader, schedule, step, count, memory, too_high) if looks else ([], [], {})
+    woken, gave_way, why, seen = _look(model, dataloader, schedule, step, count, memory, too_high) if looks else ([], [], {}, {})
     _act(model, dataloader, schedule, step, memory, woken, gave_way)
-    return Change(pruned + gave_way, woken, reasons | why)
+    return Change(pruned + gave_way, woken, reasons | why, scores | seen)
 
-# %% ../nbs/30_regrowth.ipynb #6a671ebe
+# %% ../nbs/30_regrowth.ipynb #635bc61b
 def regrow(model: nn.Module, dataloader, count: int, schedule: PlasticitySchedule = PlasticitySchedule()) -> list[tuple[int, int]]:
     "Measure the dormant heads and revive at most `count` of those that would help; returns the revived ones, best first."
     state = state_of(model)
     if count < 1 or state is None or not state.dormant.any():
         return []
-    chosen, _, _ = _regrow(unwrap(model), dataloader, replace(schedule, swap=False), 0, count, PlasticityMemory(), schedule.confidence)
+    chosen, *_ = _regrow(unwrap(model), dataloader, replace(schedule, swap=False), 0, count, PlasticityMemory(), schedule.confidence)
     if chosen:
         revive_heads(model, chosen, schedule.warmup_steps)
     return chosen

@@ -53,7 +53,7 @@ def _warn_of_another_place(folder: Path) -> None:
 # %% ../nbs/50_run_folder.ipynb #d8c29ed7
 PROGRESS = ("train", "regrow")  # lines within a phase; every other line ends one
 
-# %% ../nbs/50_run_folder.ipynb #7590fd6a
+# %% ../nbs/50_run_folder.ipynb #abfd614d
 class RunFolder:
     "A run's folder, begun or gone on with. Use it as a context: one process writes a run at a time."
 
@@ -61,8 +61,9 @@ class RunFolder:
         self,
         path: str | Path,
         config: ExperimentConfig | None = None,  # None: the one of the run that was begun there
+        on_line=None,  # called with every line of the record: first with those that are there, then with each as it is written
     ):
-        self.path, self._held = Path(path), None
+        self.path, self._held, self.on_line = Path(path), None, on_line
         self.record_path = self.path / "record.jsonl"
         if config is None or (self.path / "config.json").is_file():
             known = read_config(self.path)
@@ -85,6 +86,9 @@ class RunFolder:
             write_json(self.path / "config.json", asdict(self.config))
         _remove_leftovers(self.path)
         self.finished, self.unfinished = _taken_up(self.record_path)
+        if self.on_line and self.record_path.is_file():
+            for line in read_lines(self.record_path):
+                self.on_line(line)
         return self
 
     def __exit__(self, *_):
@@ -94,8 +98,14 @@ class RunFolder:
     def record(self, phase: str, **values) -> dict:
         "Add a line to the record; returns it as it will be read."
         line = json.loads(json.dumps({"time": round(time.time(), 3), "phase": phase, **values}, default=plain))
-        add_line(self.record_path, line)
+        self.add(line)
         return line
+
+    def add(self, line: dict) -> None:
+        "Add a line as it is."
+        add_line(self.record_path, line)
+        if self.on_line:
+            self.on_line(line)
 
     def phase(self, phase: str, work: Callable[[], dict], **names) -> dict:  # names: arm, cycle
         "The outcome of a phase: from the record if it is there, else by doing the work."
@@ -108,7 +118,7 @@ class RunFolder:
             raise StorageError(f"{self.record_path} does not go with its config.json: {phase} {names} should come where it has {line['phase']!r}; it was written by another release, or altered")
         return line
 
-# %% ../nbs/50_run_folder.ipynb #54a10cd1
+# %% ../nbs/50_run_folder.ipynb #2a32fd59
 def _remove_leftovers(folder: Path) -> None:
     "Remove what a killed process was in the middle of writing."
     for path in [*folder.glob(".*.part"), *folder.glob(".model.*"), *(folder / "checkpoints").glob(".*"), *(folder / "figures").glob(".*")]:
@@ -130,7 +140,7 @@ def take_back(folder: RunFolder, before: float) -> int:
     kept = [number for number, line in enumerate(folder.unfinished, 1) if line["phase"] == "train" and line["step"] < before]
     lines, folder.unfinished = folder.unfinished[: kept[-1] if kept else 0], []
     for line in lines:
-        add_line(folder.record_path, line)
+        folder.add(line)
     return lines[-1]["step"] if lines else -1
 
 

@@ -107,8 +107,18 @@ def _prepared(accelerator, batches) -> DataLoader:
         return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
     return accelerator.prepare(loader)
 
-# %% ../nbs/31_trainer.ipynb #34751e79
-class PlasticityTrainer(Trainer):
+# %% ../nbs/31_trainer.ipynb #63d371bd
+class _Counting(Trainer):
+    "A Trainer whose logs say how the heads are, for whatever `report_to` names."
+
+    plasticity: PlasticityCallback
+
+    def log(self, logs, *args, **kwargs):
+        "Log as Trainer does, with how many heads are awake, asleep, and back."
+        return super().log({**logs, **self.plasticity.head_counts(self.model)}, *args, **kwargs)
+
+# %% ../nbs/31_trainer.ipynb #3aaa7114
+class PlasticityTrainer(_Counting):
     "A `transformers.Trainer` with head-wise learning rates, dormant heads that stay put, and ready dataloaders."
 
     def __init__(

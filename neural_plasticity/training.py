@@ -6,7 +6,7 @@
 __all__ = ['HISTORY_KEYS', 'HISTORY_FILE', 'evaluate_together', 'checkpoints', 'train_with_plasticity', 'recovery_rate',
            'run_plasticity_loop', 'PlasticityCallback', 'PlasticityTrainer', 'get_plasticity_optimizer']
 
-# %% ../nbs/31_training.ipynb #7ee35490
+# %% ../nbs/31_training.ipynb #0afd6d4e
 import copy
 import json
 import math
@@ -19,6 +19,8 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from .callback import load_state
+from .anatomy import heads_to_mask
+from .choosing import decision, recorded
 from .compensation import compensate_heads
 from .data import no_progress_bars
 from .durable import write_json
@@ -36,7 +38,7 @@ from .trainer import PlasticityCallback, PlasticityTrainer, quiet_arguments
 
 _all_ = ["PlasticityCallback", "PlasticityTrainer", "get_plasticity_optimizer"]
 
-# %% ../nbs/31_training.ipynb #eb374dc3
+# %% ../nbs/31_training.ipynb #a99fa7a4
 HISTORY_KEYS = ("step", "train_loss", "eval_loss", "perplexity", "learning_rate", "active_heads", "pruned_heads", "revived_heads")
 
 
@@ -61,7 +63,8 @@ class _Recorder(TrainerCallback):
                      revived_heads=len(self.trainer.plasticity.revived))
         for key, value in entry.items():
             self.history[key].append(value)
-        return self.callback is None or self.callback(entry["step"], entry) is not False
+        told = entry | {"head_learning_rate": entry["learning_rate"] * self.trainer.plasticity.multiplier}
+        return self.callback is None or self.callback(entry["step"], told) is not False
 
     def on_train_begin(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
         if self.progress and state.is_world_process_zero:
@@ -134,7 +137,7 @@ def checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
-# %% ../nbs/31_training.ipynb #d3b70203
+# %% ../nbs/31_training.ipynb #f7745124
 def _positive(**numbers) -> None:
     wrong = [f"{name}={value!r}" for name, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int) or value < 1]
     if wrong:
@@ -142,17 +145,19 @@ def _positive(**numbers) -> None:
 
 
 def _noting(events: list):
-    "A function that writes changes into a list of events, as timelines take them."
+    "A function that writes changes into a list of events, as timelines take them, with the reasons and what was measured."
 
     def note(step, change):
-        if change.pruned:
-            events.append({"step": step, "phase": "prune", "pruned_heads": list(change.pruned)})
-        if change.revived:
-            events.append({"step": step, "phase": "regrow", "revived_heads": list(change.revived)})
+        scores = {name: score.tolist() for name, score in change.scores.items()}
+        for phase, key, heads in (("prune", "pruned_heads", change.pruned), ("regrow", "revived_heads", change.revived)):
+            if heads:
+                reasons = {str(head): change.reasons[head] for head in heads if head in change.reasons}
+                events.append({"step": step, "phase": phase, key: list(heads), "reasons": reasons, "scores": scores})
+                scores = {}  # once is enough
 
     return note
 
-# %% ../nbs/31_training.ipynb #7e49ef54
+# %% ../nbs/31_training.ipynb #41bef6b5
 def train_with_plasticity(
     model: nn.Module,
     train_dataloader,  # batches with labels; begun again when it is used up
@@ -161,7 +166,7 @@ def train_with_plasticity(
     learning_rate: float = 5e-5,
     training_steps: int = 500,
     eval_interval: int = 50,
-    callback=None,  # called with (step, metrics) after every evaluation; training stops if it returns False
+    callback=None,  # called with (step, metrics) after every evaluation; training stops if it returns False. A `Dashboard` sees every change of heads, too
     *,
     use_differential_lr: bool = True,
     pruned_head_lr_multiplier: float = 3.0,
@@ -186,6 +191,8 @@ def train_with_plasticity(
         learning_rate=learning_rate, use_differential_lr=use_differential_lr, pruned_head_lr_multiplier=pruned_head_lr_multiplier, max_steps=training_steps, schedule=schedule,
         regrow_dataloader=train_dataloader if regrow_dataloader is None else regrow_dataloader, distill=distill, teacher=teacher)
     trainer.plasticity.on_change = _noting(events)
+    if isinstance(callback, TrainerCallback):
+        trainer.add_callback(callback)
     recorder = _Recorder(trainer, eval_dataloader, eval_interval, max_eval_steps, callback, progress, at_first)
     trainer.add_callback(recorder)
     keeper = None
@@ -216,15 +223,26 @@ def _run(trainer: PlasticityTrainer, recorder: _Recorder, keeper: "_Checkpoints 
         for module, mode in modes.items():
             module.training = mode
 
-# %% ../nbs/31_training.ipynb #f7af6455
-def _choose(model, selection, level, strategy, num_batches, seed):
+# %% ../nbs/31_training.ipynb #1b84072b
+def _tell(callback, phase: str, **values) -> None:
+    "Tell a callback that keeps a record, such as a `Dashboard`, what happens outside training."
+    if hasattr(callback, "record"):
+        callback.record(phase, **values)
+
+
+def _choose(model, selection, level, strategy, num_batches, seed, callback):
     "Gradient norms, entropies, and the mask that the strategy gives."
-    scores = measure_heads(model, selection, ("gradient", "entropy"), num_batches)
+    seeds, decisions = ("gradient", "entropy", "combined"), []
+    scores = measure_heads(model, selection, tuple(dict.fromkeys(("gradient", "entropy", *(name for name in seeds if name == strategy)))), num_batches)
     gradient, entropy = scores["gradient"], -scores["entropy"]
-    if strategy in ("gradient", "entropy", "combined"):
-        mask = generate_pruning_mask(gradient, level, strategy, entropy, exists=anatomy_of(model).exists, exclude=dormant_heads(model))
+    _tell(callback, "measure", gradient=gradient, entropy=entropy)
+    if strategy in seeds:
+        exists, asleep = anatomy_of(model).exists, dormant_heads(model)
+        mask = generate_pruning_mask(gradient, level, strategy, entropy, exists=exists, exclude=asleep)
+        decisions = [decision(strategy, scores[strategy], scores.stderr[strategy], heads_to_mask(asleep, exists), mask)]
     else:
-        mask = choose_heads(model, selection, level, strategy, num_batches, random_seed=seed)
+        mask = choose_heads(model, selection, level, strategy, num_batches, random_seed=seed, decisions=decisions)
+    _tell(callback, "choose", **recorded(decisions))
     return gradient, entropy, mask
 
 
@@ -232,7 +250,7 @@ def recovery_rate(baseline: float, pruned: float, final: float) -> float | None:
     "The share of the perplexity lost by pruning that came back; None if pruning cost nothing."
     return None if not pruned > baseline else (pruned - final) / (pruned - baseline)
 
-# %% ../nbs/31_training.ipynb #012bf24e
+# %% ../nbs/31_training.ipynb #24f243e5
 def run_plasticity_loop(
     model: nn.Module,
     train_dataloader,  # batches with labels
@@ -242,7 +260,7 @@ def run_plasticity_loop(
     learning_rate: float = 5e-5,
     training_steps: int = 500,
     use_differential_lr: bool = True,
-    callback=None,  # called with (step, metrics) after every evaluation
+    callback=None,  # called with (step, metrics) after every evaluation; a `Dashboard` is told of everything
     *,
     mode="zero_weights",  # gate or zero_weights: heads may regrow; remove: they are cut out before recovery
     selection_dataloader=None,  # what heads are chosen, compensated and revived on; None: the training batches
@@ -264,19 +282,20 @@ def run_plasticity_loop(
     evaluate = lambda m: evaluate_model(m, eval_dataloader, max_eval_steps=max_eval_steps)  # noqa: E731
     training = dict(learning_rate=learning_rate, training_steps=training_steps, eval_interval=eval_interval, max_eval_steps=max_eval_steps, progress=progress)
     baseline = evaluate(model)
-    gradient, entropy, mask = _choose(model, selection, pruning_level, strategy, selection_batches, seed)
+    _tell(callback, "baseline", **baseline)
+    gradient, entropy, mask = _choose(model, selection, pruning_level, strategy, selection_batches, seed, callback)
     twin = copy.deepcopy(unwrap(model)) if control else None
     teacher = copy.deepcopy(model) if distill and removing else None  # a model that was cut does not know what it was
 
     pruned_heads = apply_pruning_mask(model, mask, "gate" if removing else mode)
-    pruned = evaluate(model)
-    compensated = None
+    pruned, compensated = evaluate(model), None
     if compensate and pruned_heads:
         compensate_heads(model, selection)
         compensated = evaluate(model)
     if removing:
         apply_pruning_mask(model, mask, "remove")
     events = [{"step": 0, "phase": "prune", "pruned_heads": pruned_heads}]
+    _tell(callback, "prune", pruned_heads=pruned_heads)
     history = train_with_plasticity(
         model, train_dataloader, eval_dataloader, () if removing else pruned_heads, callback=callback, use_differential_lr=use_differential_lr,
         schedule=None if removing or not pruned_heads else schedule, regrow_dataloader=selection, events=events, distill=distill, teacher=teacher,

@@ -48,7 +48,7 @@ def short(parts, **options):
     return explore(*parts, prompt=PROMPT, tokens=128, new_tokens=8, **options)
 
 
-PARTS = ("formula", "problem", "key", "about", "attention", "table")
+PARTS = ("formula", "problem", "key", "about", "attention", "table", "curve")
 
 
 def shown(explorer):
@@ -58,7 +58,7 @@ def shown(explorer):
 
 
 def marks(explorer):
-    return {head: button.description for head, button in explorer.grid.buttons.items() if button.description}
+    return {head: button.description for head, button in explorer.grid.buttons.items() if button.description.strip()}
 
 
 def test_a_move_changes_everything_that_is_shown(parts, maps):
@@ -68,10 +68,10 @@ def test_a_move_changes_everything_that_is_shown(parts, maps):
     explorer.level.value = 0.6
     after = shown(explorer)
     assert int(explorer.mask.sum()) == 28
-    mask, cells, perplexity, sample, formula, problem, key, about, attention, table = (old != new for old, new in zip(before, after))
+    mask, cells, perplexity, sample, formula, problem, key, about, attention, table, curve = (old != new for old, new in zip(before, after))
     assert mask and cells and perplexity and table and not formula and not problem and not key
     explorer.strategy.value = "entropy"
-    mask, cells, perplexity, sample, formula, problem, key, about, attention, table = (old != new for old, new in zip(after, shown(explorer)))
+    mask, cells, perplexity, sample, formula, problem, key, about, attention, table, curve = (old != new for old, new in zip(after, shown(explorer)))
     assert mask and cells and perplexity and formula and key and about and table and not problem
     assert set(marks(explorer)) == {tuple(head) for head in explorer.mask.nonzero().tolist()} and set(marks(explorer).values()) == {"×"}
     assert explorer.scores is maps["entropy"]
@@ -115,8 +115,9 @@ def test_every_strategy_that_a_slider_can_afford_is_offered(parts):
 
     try:
         explorer = short(parts)
-        assert list(explorer.strategy.options) == criteria_within(3) and criteria_within(3)[-1] == "first_heads"
-        assert {strategy.value for strategy in PruningStrategy} - set(explorer.strategy.options) == {"iterative", "leave_one_out", "learned_gates"}
+        assert list(explorer.strategy.options)[: len(criteria_within(3))] == criteria_within(3) and criteria_within(3)[-1] == "first_heads"
+        assert set(explorer.strategy.options) == set(CRITERIA) and {strategy.value for strategy in PruningStrategy} - set(explorer.strategy.options) == {"iterative"}
+        assert set(CRITERIA) - set(explorer.maps) == {"leave_one_out", "learned_gates"}
         explorer.strategy.value = "first_heads"
         assert explorer.mask.flatten()[:7].all() and not explorer.mask[3:].any()  # the lowest first, one head a layer stays
         assert "the index of the head" in explorer.children[1].value
@@ -133,10 +134,15 @@ def test_a_criterion_that_costs_more_is_measured_where_it_is_asked_for(parts):
         return -torch.arange(found.exists.numel(), dtype=torch.float32).view(found.exists.shape)
 
     try:
-        assert "dear" not in short(parts).strategy.options and not measured
+        assert "dear" not in short(parts).maps and not measured
         explorer = short(parts, strategy="dear", level=0.2)
-        assert measured == ["dear"] and list(explorer.strategy.options) == [*criteria_within(3), "dear"]
+        assert measured == ["dear"] and list(explorer.maps) == [*criteria_within(3), "dear"]
         assert explorer.mask.flatten()[-7:].all() and int(explorer.mask.sum()) == 9
+        later = short(parts, level=0.2)
+        later.strategy.value = "dear"  # measured when it is chosen
+        assert measured == ["dear", "dear"] and later.position.strategy == "dear" and later.mask.equal(explorer.mask) and later.scores.equal(explorer.scores)
+        later.strategy.value, later.strategy.value = "taylor", "dear"
+        assert measured == ["dear", "dear"]
     finally:
         del CRITERIA["dear"]
 
@@ -345,7 +351,7 @@ def test_the_keyboard_is_enough(parts, maps):
         return [stop for child in widget.children for stop in stops(child)] if hasattr(widget, "children") else [widget]
 
     order = [stop for stop in stops(explorer.widget) if stop in controls(explorer) or stop in buttons]
-    assert order[: -len(buttons)] == controls(explorer) and len(controls(explorer)) == 13  # all controls come before the map
+    assert order[: -len(buttons)] == controls(explorer) and len(controls(explorer)) == 15  # all controls come before the map
 
 
 def test_a_head_that_does_not_exist_is_refused(maps):
@@ -534,6 +540,215 @@ def test_an_error_in_long_work_is_shown(parts, maps):
     explorer.all_batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
     explorer.read_button.click()
     assert "<b>InvalidArgument:</b>" in explorer._parts["problem"].value and explorer.work is None and not explorer.whole
+
+
+# ---- measured on demand
+
+
+def test_what_is_measured_on_demand_is_what_measuring_says(parts, maps):
+    few = {"taylor": maps["taylor"]}
+    before, explorer, random_state = snapshot(parts[0]), short(parts, scores=few), torch.get_rng_state()
+    explorer.strategy.value = "fisher"
+    torch.testing.assert_close(explorer.scores, maps["fisher"], equal_nan=True)
+    assert explorer.position.strategy == "fisher" and explorer.work is None and list(few) == ["taylor"]
+    assert same(before, snapshot(parts[0])) and torch.get_rng_state().equal(random_state)
+    explorer.undo_button.click()
+    assert explorer.strategy.value == "taylor" == explorer.position.strategy
+
+
+@pytest.mark.parametrize("passes", (0, 1, 3))
+def test_a_measurement_can_be_cancelled(parts, maps, passes):
+    "The list goes back to the strategy that is shown; nothing is left on the model; no thread stays."
+    import threading
+
+    explorer, threads = short(parts, scores={"taylor": maps["taylor"]}), threading.active_count()
+    before, model = shown(explorer), snapshot(parts[0])
+
+    async def notebook():
+        explorer.strategy.value = "leave_one_out"
+        assert explorer.work is not None and explorer.progress.description == "measuring" and explorer.recover_button.disabled
+        while f"{passes} forward passes" not in explorer._parts["status"].value:
+            await asyncio.sleep(0.01)
+        explorer.cancel_button.click()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(notebook())
+    assert explorer.strategy.value == "taylor" and "leave_one_out" not in explorer.maps and shown(explorer) == before
+    assert same(model, snapshot(parts[0])) and threading.active_count() == threads
+
+
+def test_one_long_work_at_a_time(parts, maps):
+    explorer = short(parts, scores={"taylor": maps["taylor"]})
+
+    async def notebook():
+        explorer.read_button.click()
+        with pytest.raises(InvalidArgument, match="reading is under way"):
+            explorer.strategy.value = "leave_one_out"
+        assert explorer.strategy.value == "taylor" and "reading is under way" in explorer._parts["problem"].value
+        explorer.cancel_button.click()
+
+    asyncio.run(notebook())
+    assert explorer.work is None
+
+
+# ---- recovery
+
+
+@pytest.fixture(scope="module")
+def train(parts):
+    return [batch for batch, _ in zip(text_dataloader(load_embedded_text("train")[:2], parts[1], block_size=32, batch_size=4), range(6))]
+
+
+def trainable(parts, maps, train, **options):
+    return short(parts, scores=maps, train=train, steps=4, learning_rate=1e-3, **options)
+
+
+def test_without_text_to_train_on_the_button_says_what_to_give(parts, maps):
+    explorer = short(parts, scores=maps)
+    assert explorer.recover_button.disabled and explorer.steps.disabled and "train=" in explorer.recover_button.tooltip
+    with pytest.raises(InvalidArgument, match="train=batches"):
+        explorer.recover()
+    explorer.level.value = 0.6
+    assert explorer.recover_button.disabled
+
+
+@pytest.mark.parametrize("options, error, words", [
+    (dict(steps=0), InvalidArgument, "1 or more"),
+    (dict(learning_rate=0), InvalidArgument, "above 0"),
+    (dict(train=iter([])), WrongType, "once"),
+])
+def test_what_cannot_be_trained_with_is_named(parts, maps, options, error, words):
+    with pytest.raises(error, match=words):
+        short(parts, scores=maps, **options)
+
+
+def test_the_validation_text_is_not_trained_on(parts, maps):
+    with pytest.raises(InvalidArgument, match="says nothing"):
+        short(parts, scores=maps, train=parts[3])
+
+
+def test_a_recovery_is_the_training_of_the_library_and_touches_only_a_copy(parts, maps, train):
+    import copy
+
+    from neural_plasticity.training import train_with_plasticity
+
+    explorer = trainable(parts, maps, train)
+    twin = copy.deepcopy(parts[0])
+    put_to_sleep(twin, explorer.dormant)
+    history = train_with_plasticity(twin, train, explorer.batches, [], 1e-3, 4, 1, progress=False)
+    before, random_state, pruned = snapshot(parts[0]), torch.get_rng_state(), explorer.perplexity
+    explorer.recover_button.click()  # no notebook listens: it runs to its end
+    assert explorer._parts["problem"].value == "" and explorer.work is None and explorer.trial is None
+    found = explorer.position.recovery
+    assert found.history["perplexity"] == history["perplexity"] and found.history["train_loss"][1:] == history["train_loss"][1:]
+    assert all(value.equal(dict(found.model.named_parameters())[name]) for name, value in twin.named_parameters())
+    assert explorer.recovered_perplexity == history["perplexity"][-1] < pruned == explorer.perplexity
+    assert same(before, snapshot(parts[0])) and torch.get_rng_state().equal(random_state)
+    table = explorer.children[-1].value
+    assert all(f"{value:.2f}" in table for value in (explorer.dense_perplexity, pruned, explorer.recovered_perplexity)) and "recovered in 4 steps" in table
+    assert "<polyline" in explorer._parts["curve"].value and "Recovered" in explorer._parts["status"].value
+
+
+def test_undo_takes_a_recovery_back_and_a_move_leaves_it_behind(parts, maps, train):
+    explorer = trainable(parts, maps, train)
+    before = shown(explorer)
+    explorer.recover()
+    recovered = shown(explorer)
+    explorer.level.value = 0.2
+    assert explorer.position.recovery is None and explorer.recovered_perplexity is None and "recovered" not in explorer.children[-1].value
+    explorer.undo_button.click()
+    assert shown(explorer) == recovered != before
+    explorer.undo_button.click()
+    assert shown(explorer) == before and explorer._parts["curve"].value == "" and all(key[-1] is None for key in explorer._answers)
+
+
+@pytest.mark.parametrize("passes", (0, 1, 2, 5))
+def test_a_recovery_can_be_cancelled_at_any_pass(parts, maps, train, passes):
+    import threading
+
+    explorer, threads = trainable(parts, maps, train), threading.active_count()
+    before, model, random_state = shown(explorer), snapshot(parts[0]), torch.get_rng_state()
+
+    async def notebook():
+        explorer.recover_button.click()
+        assert explorer.recover_button.disabled and explorer.progress.layout.display is None
+        while f"{passes} of 9 forward passes" not in explorer._parts["status"].value:
+            await asyncio.sleep(0.005)
+        explorer.cancel_button.click()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(notebook())
+    assert "Cancelled" in explorer._parts["status"].value and explorer.trial is None and not explorer.history
+    assert shown(explorer) == before and same(model, snapshot(parts[0])) and torch.get_rng_state().equal(random_state) and threading.active_count() == threads
+
+
+def test_the_page_goes_on_while_a_model_recovers(parts, maps, train):
+    "The curve grows, the slider answers, random numbers are drawn elsewhere; the recovery is the same, and is shown where it belongs."
+    alone = trainable(parts, maps, train)
+    alone.recover()
+    explorer, curves = trainable(parts, maps, train), set()
+    pruned = explorer.dormant.clone()
+
+    async def notebook():
+        explorer.recover_button.click()
+        while explorer.work is not None:
+            await asyncio.sleep(0.005)
+            torch.rand(3)
+            curves.add(explorer._parts["curve"].value)
+            if len(curves) == 3:
+                explorer.level.value = 0.6
+
+    asyncio.run(notebook())
+    assert len(curves) >= 4 and explorer.position.recovery.history == alone.position.recovery.history
+    assert explorer.dormant.equal(pruned) and explorer.level.value == 0.4
+    explorer.undo_button.click()
+    assert explorer.position.level == 0.6 and explorer.recovered_perplexity is None
+
+
+@pytest.mark.parametrize("zeroed", (False, True))
+def test_apply_gives_the_model_the_weights_and_takes_them_back(maps, train, tmp_path, zeroed):
+    parts = pieces()
+    model = parts[0]
+    put_to_sleep(model, [(0, 0), (2, 3)], zero_weights=zeroed)
+    before, explorer = snapshot(model), trainable(parts, maps, train)
+    explorer.recover_button.click()
+    explorer.folder.value = str(tmp_path / "recovered")
+    explorer.save_button.click()
+    assert same(before, snapshot(model)) and "Only shown" not in explorer._parts["problem"].value
+    explorer.apply_button.click()
+    recovered = evaluate_model(model, explorer.batches)["perplexity"]
+    assert recovered == explorer.recovered_perplexity and dormant_heads(model) == [tuple(head) for head in explorer.dormant.nonzero().tolist()]
+    saved = load_pruned(tmp_path / "recovered")
+    assert evaluate_model(saved, explorer.batches)["perplexity"] == recovered and dormant_heads(saved) == dormant_heads(model)
+    pruned = explorer.perplexity
+    explorer.undo_button.click()  # the answers are still about the model as it was
+    assert explorer.perplexity == pruned and "takes back" in explorer._parts["status"].value
+    explorer.level.value = 0
+    assert explorer.perplexity == explorer.dense_perplexity
+    explorer.apply_button.click()
+    assert same(before, snapshot(model)) and dormant_heads(model) == [(0, 0), (2, 3)] and "2 heads" in explorer._parts["status"].value
+    restore_heads(model)
+    assert state_of(model) is None and all(value.equal(load_embedded_model("gpt2")[0].state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_recovered_model_reads_all_the_text_and_can_be_trained_on(parts, maps, train):
+    explorer = trainable(parts, maps, train)
+    explorer.recover()
+    first = explorer.position.recovery
+    explorer.read_button.click()
+    with gate_heads(first.model, explorer.dormant):
+        assert f"<b>{evaluate_model(first.model, parts[3])['perplexity']:.2f}</b>" in explorer.children[-1].value
+    explorer.recover()
+    assert explorer.position.recovery is not first and explorer.position.recovery.history["perplexity"][0] == first.history["perplexity"][-1]
+
+
+def test_a_training_that_diverges_is_shown_and_leaves_no_trace(parts, maps, train):
+    explorer = short(parts, scores=maps, train=train, steps=8, learning_rate=1e12)
+    before, model = shown(explorer), snapshot(parts[0])
+    explorer.recover_button.click()
+    assert "<b>InvalidArgument:</b>" in explorer._parts["problem"].value and explorer.position.recovery is None
+    explorer._parts["problem"].value = ""
+    assert shown(explorer) == before and same(model, snapshot(parts[0])) and explorer.work is None
 
 
 # ---- large models
