@@ -50,7 +50,7 @@ def render(notebook):
             continue
         if "echo: false" not in directives(source):
             blocks.append(fenced("\n".join(line for line in source.splitlines() if not line.startswith("#|")), "python"))
-        alt = next((line.removeprefix("fig-alt:").strip() for line in directives(source) if line.startswith("fig-alt:")), "")
+        alt = next((line.removeprefix("fig-alt:").strip().strip('"') for line in directives(source) if line.startswith("fig-alt:")), "")
         for output in cell["outputs"]:
             name = f"index-{len(pictures) + 1}.png"
             block, picture = output_block(output, name, alt)
