@@ -1,5 +1,6 @@
 """DESIGN.md, "What must hold" 4: save → load → the same bits; a wrong or tampered folder is refused and nothing of it is run; a save is whole or did not happen."""
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -489,8 +490,9 @@ def zoo_logits(model):
 
 
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt_oss")
-PLAIN = [("causal-lm", model_type, whole_group) for model_type in GROUPED for whole_group in (True, False)] + [("image-classification", "vit", False)]
-PLAIN += [("causal-lm", "phi3", True)]
+PLAIN = [("causal-lm", model_type, whole_group) for model_type in GROUPED for whole_group in (True, False)] + [("causal-lm", "phi3", True)]
+if "head_dim" in inspect.getsource(transformers.models.vit.modeling_vit):  # before, a ViT's head is its width ÷ heads, which a cut one cannot say: it is saved as ragged ones are
+    PLAIN += [("image-classification", "vit", False)]
 
 
 @pytest.mark.parametrize("task, model_type, whole_group", PLAIN)
