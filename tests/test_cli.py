@@ -247,7 +247,8 @@ def start_sweep(folder, *words):
     (folder / "text.txt").write_text("\n\n".join(address[:1000] for address in load_embedded_text("train")[:20]))
     settings = ["dataset_name=text.txt", *SETTINGS]
     return subprocess.Popen([sys.executable, "-c", COMMAND, "sweep", "sweep", "--strategies", "magnitude", "--levels", "0.25", "--seeds", "0", *words, *settings],
-                            cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # what a shell starts in the background ignores it
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -89,6 +89,8 @@ def test_lines_can_be_read_and_told_apart(vision):
         assert contrast(color, CARD, vision) > 3, color
     curve = recovery_html({"step": [0, 5], "train_loss": [float("nan"), 3.3], "perplexity": [30.0, 29.0]}, 10, 25.0)
     lines = re.findall(r'stroke="(var[^"]+)" stroke-width="2.5" stroke-dasharray="([^"]+)"', curve)
-    assert len(lines) == 3 + 1 and len({dash for _, dash in lines[:3]}) == 3  # where two colours look alike, their dashes do not
+    pairs = [lines[place : place + 2] for place in range(0, len(lines), 2)]  # a line, and its stroke in the legend
+    assert len(pairs) == 3 + 1 and all(drawn == named for drawn, named in pairs)
+    assert len({dash for (_, dash), _ in pairs[:3]}) == 3  # where two colours look alike, their dashes do not
     most = re.findall(r'stroke-dasharray="([^"]+)"', line_chart({name: [(0, 1), (1, 2)] for name in "abcd"}, "x", "y"))
-    assert len(set(most)) == len(most) == 4
+    assert len(set(most)) == 4 and len(most) == 8

@@ -168,9 +168,14 @@ def test_a_sweep_has_control_and_random_and_goes_on(tmp_path):
     assert {row["baseline"] for row in first.rows} == {first.rows[0]["baseline"]} and first.rows[-1]["heads"] == 48 and first.rows[0]["heads"] == 36
     [taylor] = [row for row in first.table if row["strategy"] == "taylor" and row["level"] == 0.5]
     assert taylor["above"][0] == pytest.approx(taylor["final"][0] - first.table[-1]["final"][0])
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert run_sweep(config, ["taylor"], [0.25, 0.5], [0], tmp_path, workers=0, progress=False).rows == first.rows
-    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    collected = {"table.txt", "table.json", "figure.png"}  # written anew, from the same rows
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name not in collected}
+
+    files, table = written(), (tmp_path / "table.json").read_text()
+    assert len(files) > 10 and run_sweep(config, ["taylor"], [0.25, 0.5], [0], tmp_path, workers=0, progress=False).rows == first.rows
+    assert written() == files and (tmp_path / "table.json").read_text() == table and all((tmp_path / name).is_file() for name in collected)
     with pytest.raises(InvalidArgument, match="learning_rate"):
         run_sweep(replace(config, learning_rate=1e-3), ["taylor"], [0.25], [0], tmp_path, workers=0, progress=False)
 
