@@ -96,7 +96,7 @@ class _Trial:
         if not mean + (self.hysteresis * stderr if self.hysteresis else 0) < 0:
             return None
         self.asleep, self.losses = after, losses
-        return f"verified {mean:+.4f} ± {stderr:.4f} nats".replace("-", "−")
+        return f"verified: loss {mean:+.4f} ± {stderr:.4f} nats".replace("-", "−")
 
 # %% ../nbs/30_regrowth.ipynb #388f77a1
 def _lowest(scores: Tensor, allowed: Tensor, awake: Tensor, floor: int) -> tuple[int, int] | None:

@@ -222,7 +222,7 @@ def test_swaps_lower_the_loss_on_the_batches_that_verified_them():
     data = batches(model, count=5, batch=4)
     before = losses_if(model, data[3:], state_of(model).dormant)
     change = plasticity_step(model, data, SWAP, 1, 20, PlasticityMemory())
-    assert change and all("verified −" in change.reasons[head] for head in change.revived) and all("gives way to" in change.reasons[head] for head in change.pruned)
+    assert change and all("verified: loss −" in change.reasons[head] for head in change.revived) and all("gives way to" in change.reasons[head] for head in change.pruned)
     assert difference(losses_if(model, data[3:], state_of(model).dormant), before)[0] < 0
     strict = PlasticitySchedule(**{**SWAP.__dict__, "hysteresis": 1e6})
     assert not plasticity_step(sleeping(), data, strict, 1, 20, PlasticityMemory())
