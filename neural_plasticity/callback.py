@@ -73,7 +73,7 @@ class ChangeHistory:
 _CALLBACKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → a weak reference to the PlasticityCallback of its newest training, which holds the model
 
 
-def callback_of(model: nn.Module) -> "PlasticityCallback | None":
+def callback_of(model: nn.Module):  # -> PlasticityCallback | None, which is defined below
     "The callback that watches over a model's heads in its newest training, for others who look on; None if there is none any more."
     found = _CALLBACKS.get(unwrap(model))
     return None if found is None else found()
