@@ -47,7 +47,7 @@ def formula_html(strategy: str) -> str:
     known = CRITERIA[strategy]
     return f'<span style="opacity:.75">{html.escape(known.formula)}{f" ({html.escape(known.source)})" if known.source else ""}</span>'
 
-# %% ../nbs/51_panels.ipynb #a7ea3908
+# %% ../nbs/51_panels.ipynb #868cf7bf
 def sample_html(prompt: str, sample: str, other: str) -> str:
     "A text sample; the prompt and what both samples share are grey."
     shared = os.path.commonprefix([sample, other])

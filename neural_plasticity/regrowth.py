@@ -72,7 +72,7 @@ def _two_sets(model: nn.Module, dataloader, schedule: PlasticitySchedule) -> tup
     others = max(1, round(len(batches) * schedule.verify_batches / (schedule.num_batches + schedule.verify_batches)))
     return batches[:-others], batches[-others:]
 
-# %% ../nbs/30_regrowth.ipynb #aa4ffccc
+# %% ../nbs/30_regrowth.ipynb #c62ebe9e
 class _Trial:
     "Proposals tried in order. `asleep` is the set of dormant heads that comes out."
 
