@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['why_not_fused', 'fused_statistics']
 
-# %% ../nbs/13_fused_call.ipynb #182fb693
+# %% ../nbs/13_fused_call.ipynb #873babf7
 import functools
 import math
 from dataclasses import replace
@@ -66,7 +66,7 @@ def why_not_fused(
         return f"torch {torch.__version__} has no operator that returns the log-sum-exp as we know it"
     return None
 
-# %% ../nbs/13_fused_call.ipynb #ed77acee
+# %% ../nbs/13_fused_call.ipynb #e8ece70c
 def _rows_statistics(problem, statistics, query, key, rows, reached, is_causal=False, hidden=None):
     "Statistics [B,H,R] of some rows on the keys that they reach; `hidden` is None or bool, broadcastable to [B,H,R,K]."
     position = torch.arange(reached.start, reached.stop, dtype=query.dtype)
@@ -88,7 +88,7 @@ def _rows_statistics(problem, statistics, query, key, rows, reached, is_causal=F
         return torch.where(inside, (problem.scale * torch.linalg.vecdot(query, picked) - log_sum_exp).exp(), 0.0)
 
     formulas = {
-        "entropy": lambda: (log_sum_exp - problem.scale * torch.linalg.vecdot(query, mean_key[..., :size])).clamp_(min=0),  # rounding can leave -1e-7
+        "entropy": lambda: torch.sub(log_sum_exp, mean_key[..., :size].mul_(query).sum(-1), alpha=problem.scale).clamp_(min=0),  # in place: new memory costs more than the products; rounding can leave -1e-7
         "first": lambda: at(problem.first()[..., None]),
         "self": lambda: at(row[None, None]),
         "previous": lambda: at(row[None, None] - 1),
@@ -96,7 +96,7 @@ def _rows_statistics(problem, statistics, query, key, rows, reached, is_causal=F
     }
     return {name: formulas[name]() for name in statistics}
 
-# %% ../nbs/13_fused_call.ipynb #8e4bcb3d
+# %% ../nbs/13_fused_call.ipynb #d0573b92
 def fused_statistics(problem: AttentionProblem, statistics: tuple[str, ...]) -> dict[str, Tensor]:
     "Statistics [B,H,T] by the identity. `why_not_fused` must have nothing against it."
     problem, masks = problem.upcast(), problem.masks

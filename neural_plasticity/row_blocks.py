@@ -38,7 +38,7 @@ def read_statistics(
         raise InvalidArgument(f"statistics is {statistics!r}; it is one or several of {list(STATISTICS)}")
     return names
 
-# %% ../nbs/13_row_blocks.ipynb #9b56fde3
+# %% ../nbs/13_row_blocks.ipynb #6a058381
 @dataclass(frozen=True)
 class AttentionProblem:
     "Queries, keys and everything that decides who sees whom, checked. `state_problem` makes it."
@@ -59,7 +59,8 @@ class AttentionProblem:
         dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         query, key = self.query.to(dtype), self.key.to(dtype)
         if self.softcap is None:  # any key would do; the mean of some is near the common part, and costs less than that of all
-            key = key - key[:, :, :: max(1, key.shape[2] // 64)].mean(2, keepdim=True)
+            common = key[:, :, :: max(1, key.shape[2] // 16)].mean(2, keepdim=True)
+            key = key - common if key is self.key else key.sub_(common)
         return replace(self, query=query, key=key)
 
     def first(self) -> Tensor:
