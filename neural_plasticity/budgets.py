@@ -57,7 +57,7 @@ def head_pieces(
     if by not in ("head", "group"):
         raise InvalidArgument(f"by is {by!r}; it must be 'head' or 'group' (whole key/value groups)")
     pieces = []
-    for site in anatomy.sites:
+    for site in (site for site in anatomy.sites if site.num_heads):
         joined = [*site.units, *(site.groups if by == "group" else ())]
         belongs = torch.tensor([[head in some for some in joined] for head in range(site.num_heads)]).view(site.num_heads, -1)
         pieces += [tuple((site.index, head) for head in piece) for piece in components(belongs)]

@@ -114,7 +114,7 @@ _COLUMNS = {"heads": ("heads", "{}"), "perplexity": ("perplexity", "{:.2f}"), "a
 def _markdown(cells: list[list[str]]) -> str:
     "A table; all columns but the first are numbers."
     rows = [cells[0], ["---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def _arms_table(rows: dict[str, dict]) -> str:

@@ -50,7 +50,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of the heads" + (f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else "; it is a number from 0 to 1, 0.4 for example"))
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the heads" + (f"; {value:g} % is {value / 100:g}" if 2 <= value <= 100 else "; it is a number from 0 to 1, 0.4 for example"))
     return value
 
 

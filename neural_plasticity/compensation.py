@@ -256,7 +256,7 @@ def _compensate(model: nn.Module, dense: DenseInputs, mask, ridge: float, keep_a
     try:
         for site in todo:
             undone[site.index], condition[site.index] = _compensate_layer(model, state, site, dense, sites, ridge, unchanged)
-    except PlasticityError:
+    except BaseException:  # a batch that the model cannot take, or Ctrl-C: nothing is left half done
         state.compensation = earlier
         restore_heads(model, fresh) if fresh else rewrite_projections(model)
         raise

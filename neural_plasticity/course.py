@@ -31,17 +31,15 @@ class RecordReader:
         try:
             with open(self.path, "rb") as file:
                 cut = not self._still_there(file)
-                if cut:
-                    self.offset, self.last = 0, b""
-                file.seek(self.offset)
+                offset, last = (0, b"") if cut else (self.offset, self.last)
+                file.seek(offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:  # a run has begun and written nothing yet, or its folder was removed
             return False, []
         except OSError as error:
             raise StorageError(f"{self.path} cannot be read: {error.strerror}") from error
-        lines = self._parsed(whole)
-        if newline:
-            self.offset, self.last = self.offset + len(whole) + 1, whole.rpartition(b"\n")[2]
+        lines = self._parsed(whole)  # if it raises, the next look finds all as this one did
+        self.offset, self.last = (offset + len(whole) + 1, whole.rpartition(b"\n")[2]) if newline else (offset, last)
         return cut, lines
 
     def _still_there(self, file) -> bool:

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .callback import callback_of
-from .controls import core_widgets
+from .controls import close_all, core_widgets
 from .course import COURSE_STYLE, Course, RecordReader, charts_html, course_html, decisions_html, film_frames, film_names, frame_html, life_html, status_text
 from .durable import plain
 from .errors import EnvironmentProblem, InvalidArgument, PlasticityError
@@ -40,7 +41,6 @@ def _controls(widgets) -> dict:
         "play": widgets.Play(value=0, min=0, max=0, interval=700, description="play the film", layout=widgets.Layout(width="auto")),
         "follow_button": widgets.Button(description="follow", tooltip="read what is being written, every second, or stop", layout=widgets.Layout(width="auto")),
     }
-    widgets.jslink((controls["play"], "value"), (controls["moment"], "value"))
     return controls
 
 
@@ -105,27 +105,31 @@ class _View(_Page):
         self.__dict__.update(controls := _controls(widgets))
         self._parts = {name: widgets.HTML() for name in _PARTS}
         self._parts["style"].value = COURSE_STYLE + f"<style>.{self._name} {{display: none}}</style>"
+        self._link = widgets.jslink((self.play, "value"), (self.moment, "value"))
         self.widget = _assembled(widgets, controls, self._parts)
         self._wanted = {}  # control → what a hand has chosen from its list
         for control in (self.arm, self.map, self.moment):
-            control.observe(lambda change: None if self._busy else self._moved(change.owner), "value")
+            control.observe(lambda change: self._moved(change.owner), "value")
         self.follow_button.on_click(lambda _: self._toggle())
 
     def _moved(self, control) -> None:
-        self._wanted[control] = control.value
-        self.show()
+        with self._lock:
+            if not self._busy:  # a hand has moved it, and not `show`
+                self._wanted[control] = control.value
+                self.show()
 
     def show(self, over: bool = False) -> None:
         "Bring what is shown in line with the course. `over`: nothing more comes soon, so the page for readers without widgets is brought in line as well."
-        self._due = time.monotonic() + self.every
-        if self.widget:
-            busy, self._busy = self._busy, True
-            try:
-                self._follow_course()
-            finally:
-                self._busy = busy
-        if self._handle and (over or not self.widget):
-            self._handle.update(self._bundle(), raw=True)
+        with self._lock:
+            self._due = time.monotonic() + self.every
+            if self.widget:
+                busy, self._busy = self._busy, True
+                try:
+                    self._follow_course()
+                finally:
+                    self._busy = busy
+            if self._handle and (over or not self.widget):
+                self._handle.update(self._bundle(), raw=True)
 
     def _follow_course(self) -> None:
         _offer(self.arm, list(self.course.arms), self._wanted.get(self.arm))
@@ -149,9 +153,10 @@ class _Intake(_View):
 
     def add(self, line: dict) -> None:
         "Take a line of a record, as `on_line` of `run_experiment` hands it over."
-        self.course.add(line)
-        self._appear()
-        self._soon()
+        with self._lock:
+            self.course.add(line)
+            self._appear()
+            self._soon()
 
     def record(self, phase: str, **values) -> None:
         "Take a line in parts; tensors and arrays are turned to lists."
@@ -252,14 +257,23 @@ class _Reading(_Hooks):
         "Read what the run has written since the last look, and show it. Returns the number of new lines."
         if self.reader is None:
             raise InvalidArgument("this dashboard has no run folder to read; lines are handed to it. Dashboard('neural-plasticity-runs/001') reads one")
-        cut, lines = self.reader.read()
-        if cut:
-            self.course = Course()
-        for line in lines:
-            self.course.add(line)
-        if cut or lines or not self.course.last:
-            self.show(over=True)
+        with self._lock:
+            cut, lines = self.reader.read()
+            if cut:
+                self.course = Course()
+            problems = [problem for line in lines if (problem := self._refused(line))]
+            if cut or lines or not self.course.last:
+                self.show(over=True)
+        if problems:
+            raise problems[0]  # those after it are taken
         return len(lines)
+
+    def _refused(self, line: dict) -> PlasticityError | None:
+        "Take a line; the error if it is none."
+        try:
+            self.course.add(line)
+        except PlasticityError as problem:
+            return problem
 
     def follow(self, seconds: float = 1.0) -> "Dashboard":
         "Read the folder every so often, without keeping the notebook from anything else, until the run ends or `stop()`. Raises `EnvironmentProblem` where no event loop runs: call `update()` there."
@@ -310,7 +324,7 @@ class Dashboard(_Reading):
             raise InvalidArgument(f"every is {every!r}; it is a number of seconds, 0 or more")
         self.run_folder, self.every = None if run_folder is None else Path(run_folder), every
         self.reader = None if run_folder is None else RecordReader(self.run_folder)
-        self.course, self.problem, self._timer = Course(), "", None
+        self.course, self.problem, self._timer, self._lock = Course(), "", None, threading.RLock()  # lines and clicks may come from different threads
         self._before, self._watched, self._seen = 0, lambda: None, 0  # a weak reference: the callback holds its model
         self._build()
         if self.reader:
@@ -320,8 +334,8 @@ class Dashboard(_Reading):
         "Stop, and take the widgets off the page."
         self.stop()
         self._forget_later()
-        for widget in [*self._parts.values(), *(getattr(self, name) for name in ("arm", "map", "moment", "play", "follow_button") if self.widget), *([self.widget] if self.widget else [])]:
-            widget.close()
+        if self.widget:
+            close_all(self._link, *self._parts.values(), self.widget)
 
     def __repr__(self):
         arms = [f"{name} at step {arm.step:g} with {len(arm.asleep)} heads asleep" for name, arm in self.course.arms.items()]

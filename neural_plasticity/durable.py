@@ -9,6 +9,7 @@ __all__ = ['storing', 'write_whole', 'plain', 'write_json', 'read_lines', 'add_l
 import json
 import os
 import re
+import secrets
 from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_whole(
 ) -> Path:
     "Write a file so that its place holds the old contents or the new ones at any moment. Raises `StorageError` if the disk does not take it."
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # nobody else's: threads share a process number, and so do containers
     with storing(path):
         try:
             with open(part, "wb") as file:

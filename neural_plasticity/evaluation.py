@@ -187,12 +187,14 @@ def count_parameters(
 @torch.no_grad()
 def model_cost(
     model: nn.Module,
-    context_length: int = 128,  # tokens, where the model reads tokens
+    context_length: int | None = None,  # tokens, where the model reads tokens; None: 128, or as many as the model reads
     batch: Mapping | None = None,  # an example for models whose input cannot be made up from their config
 ) -> dict:  # parameters, flops (one forward pass), flops_per_token, cache_bytes_per_token; None where it makes no sense
     "What one forward pass costs, counted and not timed."
     inner = unwrap(model)
     limit = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+    if context_length is None:
+        context_length = min(128, limit or 128)
     if batch is None and (context_length < 1 or (limit is not None and context_length > limit)):
         raise InvalidArgument(f"context_length is {context_length}; it must be at least 1 and at most what the model was built for, {limit}")
     batch = to_device(example_inputs(inner, 1, context_length) if batch is None else batch, next(inner.parameters()).device)

@@ -140,8 +140,17 @@ def _run(folder: RunFolder, source: _Source, progress: bool, prompt: str) -> Exp
     ended = folder.phase("end", lambda: _end(folder, chosen, found["chosen"], before["prompt"], removal))
     result = ExperimentResult(config, folder.path, found, table, _finished_model(chosen, folder.path), removal, ended["samples"])
     if not config.keep_checkpoints:
-        shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+        _put_away(folder.path / "checkpoints")
     return result
+
+
+def _put_away(checkpoints: Path) -> None:
+    "Remove a folder, so that it is there whole or not at all: half of a checkpoint would be taken for the finished model."
+    leftover = checkpoints.with_name(f".{checkpoints.name}.part")  # a run that is taken up removes what is named so
+    shutil.rmtree(leftover, ignore_errors=True)
+    if checkpoints.is_dir():
+        checkpoints.rename(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _save(arm: Arm, folder: RunFolder) -> dict:

@@ -23,7 +23,7 @@ from .patterns import measure_attention
 from .probing import anatomy_of
 from .pruning import generate_pruning_mask
 from .recovery import Recovery, become, copy_of, in_pieces, put_like
-from .running import own_randomness, some_batches, unwrap
+from .running import labelled, own_randomness, some_batches, unwrap
 from .storage import save_pruned
 from .visualization import visualize_pruning_decisions
 
@@ -92,6 +92,10 @@ class Answers:
             self._answers[key] = found["perplexity"], sample, found["tokens"]
         return self._answers[key]
 
+    def _forget(self) -> None:
+        "Drop every answer: the weights are others."
+        self._answers, self.whole, self.statistics, self._looked = {}, {}, None, (None, None)
+
     def look(self, sentence: str) -> tuple[dict, dict, list[str]]:
         "Attention maps {layer: [H,T,T]}, statistics {name: [L,H]} and tokens of a sentence, in the model as it is."
         if self._looked[0] != sentence:
@@ -106,11 +110,11 @@ class Answers:
     def read_all(self, dormant: Tensor, recovery: Recovery | None = None):  # yields (batches done, batches in all or None)
         "Read all the text, a batch at a time: `whole` gets the perplexity with these heads asleep and of the model as it is, `statistics` those of every head."
         wanted = {_key(mask, trained): (mask, trained) for mask, trained in ((self.asleep, None), (dormant.clone(), None), (dormant.clone(), recovery))}
-        total = len(self.all_batches) if hasattr(self.all_batches, "__len__") else None
+        total = _length(self.all_batches)
         found, parts = {}, []
         for done, batch in enumerate(_in_turn(some_batches(self.all_batches, self.basis)), start=1):
             for key, (mask, trained) in wanted.items():
-                if key not in self.whole:
+                if key not in self.whole and (labelled(batch)["labels"] != -100).any():
                     model = trained.model if trained else self.basis
                     with gate_heads(model, self.opened(mask)):
                         found.setdefault(key, []).append(evaluate_model(model, [batch]))
@@ -119,7 +123,7 @@ class Answers:
                     parts.append((len(batch["input_ids"]), measure_attention(self.basis, [batch])))
             yield done, total
         self.whole |= {key: _together(results) for key, results in found.items()}
-        self.statistics = self.statistics or {name: sum(rows * part[name] for rows, part in parts) / sum(rows for rows, _ in parts) for name in parts[0][1]}
+        self.statistics = self.statistics or {name: _averaged([rows for rows, _ in parts], [part[name] for _, part in parts]) for name in parts[0][1]}
 
 # %% ../nbs/51_exploring.ipynb #e175c38c
 def _key(mask: Tensor, recovery: Recovery | None = None) -> tuple:
@@ -131,6 +135,21 @@ def _together(results: list[dict]) -> tuple[float, int]:
     tokens = sum(result["tokens"] for result in results)
     loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
     return math.exp(loss) if loss < 700 else math.inf, tokens
+
+
+def _averaged(rows: list[int], maps: list[Tensor]) -> Tensor:
+    "The mean [L,H] over batches of so many rows; a batch with nothing to measure, NaN, counts for nothing."
+    values = torch.stack(maps)
+    weights = torch.tensor(rows, dtype=values.dtype)[:, None, None] * values.isfinite()
+    return (values.nan_to_num() * weights).sum(0) / weights.sum(0)
+
+
+def _length(batches) -> int | None:
+    "Number of batches, where it is known: a DataLoader of an endless stream has a length that raises."
+    try:
+        return len(batches)
+    except TypeError:
+        return None
 
 
 def _in_turn(batches):
@@ -229,6 +248,9 @@ class _Positions(Answers):
         return visualize_pruning_decisions(self.scores, self.dormant, title=f"{name}: {int(self.dormant.sum())} of {total} heads dormant", label=f"{name} (higher = more important)")
 
 # %% ../nbs/51_exploring.ipynb #12250081
+_HALF_WAY = object()  # stands for the recovery whose weights a model has while they are being written: equal to none, so that after an interruption they are written anew
+
+
 class Exploration(_Positions):
     """A position and what it gives: `scores` and `mask` [L,H] (True: asleep beyond the model as it is), `dormant` [L,H] (all that sleeps), `perplexity` and `sample`; beside them
     the model's own `dense_perplexity` and `dense_sample`, and after a recovery `recovered_perplexity` and `recovered_sample` (else None). `apply` and `save` are the only verbs
@@ -260,13 +282,14 @@ class Exploration(_Positions):
         if recovery is not self.applied:
             if self.basis is self.model:
                 self.basis = copy_of(self.model)
+            self.applied = _HALF_WAY
             become(self.model, recovery.model if recovery else self.basis)
             self.applied = recovery
         put_like(self.model, self.dormant, self.zeroed)
         if recovery is None:
             self.basis, state = self.model, state_of(self.model)
             if state is not None and state.compensation:  # the remaining columns were solved anew
-                self._answers.clear()
+                self._forget()
                 self._go(self.position)
         return dormant_heads(self.model)
 

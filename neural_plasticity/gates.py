@@ -55,7 +55,7 @@ def state_of(model: nn.Module) -> PlasticityState | None:
 def refuse_open_context(model: nn.Module) -> None:
     "Raise if a `gate_heads` context is open on the model: what it put in place would be lost, or come back."
     if unwrap(model).__dict__.get("plasticity_open"):
-        raise InvalidArgument("a gate_heads context is open on this model; leave it first, then prune, restore or remove heads")
+        raise InvalidArgument("a gate_heads context is open on this model; leave it first, then prune, restore or remove heads, or save")
 
 
 def dormant_heads(model: nn.Module) -> list[tuple[int, int]]:
@@ -188,6 +188,19 @@ def _push_gates(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)
+def _refuse_shared(model: nn.Module, sites) -> None:
+    "Raise if columns of a projection are those of another layer, too: zeroed, they would silence its heads."
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        own = f"{site.projection}.weight"
+        weight = getattr(model.get_submodule(site.projection), "weight", None)
+        others = [name for name in names.get(id(weight), []) if name != own]
+        if others:
+            raise UnsupportedModel(f"{own} is also {others[0]}, so zeroed columns would silence heads there; gate the heads (mode='gate')")
+
+
 def put_to_sleep(
     model: nn.Module,
     heads,  # pairs (layer, head), or a bool mask [L,H], True = prune
@@ -206,6 +219,8 @@ def put_to_sleep(
         raise InvalidArgument(f"the heads of layer {layer} have no columns of their own in {mixed[layer].projection}, so none can be zeroed; gate them (mode='gate')")
     if zero_weights and any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise UnsupportedModel("the weights are sharded over several processes (FSDP2), so no columns of them are zeroed; gate the heads (mode='gate'), or zero them before sharding")
+    if zero_weights:
+        _refuse_shared(model, [site for site in (known.anatomy if known else anatomy_of(model)).sites if mask[site.index].any()])
     state = ensure_state(model)
     fresh = mask & ~state.dormant
     state.gates[mask] = 0

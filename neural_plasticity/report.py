@@ -134,7 +134,7 @@ def _course(record: list[dict]) -> str:
         elif line.get("arm") == "chosen" and line["phase"] == "prune":
             events.append((f"prune {line['cycle']}", line["pruned_heads"], []))
         elif line.get("arm") == "chosen" and line["phase"] == "regrow":
-            events.append((f"step {line['step']:g}", line.get("pruned_heads", []), line["revived_heads"]))
+            events.append((f"step {line['step']:g}", line.get("pruned_heads", []), line.get("revived_heads", [])))
     if events and "chosen" in trained:
         events.append((f"step {trained['chosen'][-1][0]:g}", [], []))  # how it ends
     drawn = _figure(line_chart(trained, "step", "perplexity"), "Perplexity on validation text while the arms train; the chosen and the random arm begin after pruning and compensation.")

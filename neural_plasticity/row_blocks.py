@@ -31,8 +31,8 @@ STATISTICS = {  # name → what it is, for every row of attention
 def read_statistics(
     statistics: str | Iterable[str],  # a name, or several, from `STATISTICS`
 ) -> tuple[str, ...]:
-    "Checked names, in the order given. Raises `InvalidArgument`."
-    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    "Checked names, each once, in the order given. Raises `InvalidArgument`."
+    names = (statistics,) if isinstance(statistics, str) else tuple(dict.fromkeys(statistics))
     unknown = [name for name in names if name not in STATISTICS]
     if unknown or not names:
         raise InvalidArgument(f"statistics is {statistics!r}; it is one or several of {list(STATISTICS)}")

@@ -53,7 +53,7 @@ def _warn_of_another_place(folder: Path) -> None:
 # %% ../nbs/50_run_folder.ipynb #d8c29ed7
 PROGRESS = ("train", "regrow")  # lines within a phase; every other line ends one
 
-# %% ../nbs/50_run_folder.ipynb #abfd614d
+# %% ../nbs/50_run_folder.ipynb #dcb5f17a
 class RunFolder:
     "A run's folder, begun or gone on with. Use it as a context: one process writes a run at a time."
 
@@ -79,21 +79,17 @@ class RunFolder:
             for name in ("", "checkpoints", "figures"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self._held = _lock(self.path)
-        if (self.path / "config.json").is_file():
-            _warn_of_another_place(self.path)
-        else:
-            write_json(self.path / "environment.json", get_environment_info())
-            write_json(self.path / "config.json", asdict(self.config))
-        _remove_leftovers(self.path)
-        self.finished, self.unfinished = _taken_up(self.record_path)
-        if self.on_line and self.record_path.is_file():
-            for line in read_lines(self.record_path):
-                self.on_line(line)
+        try:
+            _take_up(self)
+        except BaseException:
+            self.__exit__()  # whoever tries again is not to be refused
+            raise
         return self
 
     def __exit__(self, *_):
         if self._held is not None:
-            os.close(self._held)
+            _unlock(self._held)
+            self._held = None
 
     def record(self, phase: str, **values) -> dict:
         "Add a line to the record; returns it as it will be read."
@@ -118,7 +114,7 @@ class RunFolder:
             raise StorageError(f"{self.record_path} does not go with its config.json: {phase} {names} should come where it has {line['phase']!r}; it was written by another release, or altered")
         return line
 
-# %% ../nbs/50_run_folder.ipynb #2a32fd59
+# %% ../nbs/50_run_folder.ipynb #78a32ef8
 def _remove_leftovers(folder: Path) -> None:
     "Remove what a killed process was in the middle of writing."
     for path in [*folder.glob(".*.part"), *folder.glob(".model.*"), *(folder / "checkpoints").glob(".*"), *(folder / "figures").glob(".*")]:
@@ -143,6 +139,20 @@ def take_back(folder: RunFolder, before: float) -> int:
         folder.add(line)
     return lines[-1]["step"] if lines else -1
 
+# %% ../nbs/50_run_folder.ipynb #9b3e7beb
+def _take_up(run: RunFolder) -> None:
+    "Begin a run, or find where it stopped."
+    if (run.path / "config.json").is_file():
+        _warn_of_another_place(run.path)
+    else:
+        write_json(run.path / "environment.json", get_environment_info())
+        write_json(run.path / "config.json", asdict(run.config))
+    _remove_leftovers(run.path)
+    run.finished, run.unfinished = _taken_up(run.record_path)
+    if run.on_line and run.record_path.is_file():
+        for line in read_lines(run.record_path):
+            run.on_line(line)
+
 
 def _lock(path: Path) -> int | None:
     "A descriptor of a folder that no other process can get before it is closed; the lock goes when the process does, however that ends."
@@ -157,6 +167,14 @@ def _lock(path: Path) -> int | None:
         os.close(folder)
         raise StorageError(f"{str(path)!r} is being written by another process; wait until that has ended") from None
     return folder
+
+
+def _unlock(folder: int) -> None:
+    "Give a folder back, also if a process that was forked meanwhile still has the descriptor."
+    import fcntl
+
+    fcntl.flock(folder, fcntl.LOCK_UN)
+    os.close(folder)
 
 # %% ../nbs/50_run_folder.ipynb #d6282f63
 def new_folder(output_dir: str | Path) -> Path:

@@ -27,9 +27,9 @@ from .losses import token_losses
 
 # %% ../nbs/03_running.ipynb #ef778a64
 def unwrap(model: nn.Module) -> nn.Module:
-    "The model itself, without the wrapper of `torch.compile`, DistributedDataParallel or PEFT (adapters inside it stay)."
+    "The model itself, without the wrapper of `torch.compile`, DataParallel, DistributedDataParallel or PEFT (adapters inside it stay)."
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._orig_mod

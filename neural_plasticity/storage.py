@@ -24,7 +24,7 @@ from .data import no_progress_bars
 from .dormancy import pack_state, unpack_state
 from .errors import PlasticityError, StorageError, UnsupportedModel
 from .folders import check_files, read_manifest, replacing, seal
-from .gates import state_of
+from .gates import refuse_open_context, state_of
 from .hub import local_folder
 from .operations import from_json, to_json
 from .probing import anatomy_of
@@ -103,6 +103,10 @@ def saveable(model: nn.Module) -> PreTrainedModel:
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{type(model).__name__} is no transformers model, so it has no config to build it from again")
+    refuse_open_context(model)  # its gates would not be saved
+    parts = [name for name, part in model.named_modules() if part is not model and part.__dict__.keys() & {"plasticity_state", "plasticity_operations"}]
+    if parts:
+        raise UnsupportedModel(f"heads were pruned or removed through {parts[0]}, a part of this {type(model).__name__}, which keeps the record of it; save that part, or prune the whole model")
     if model_class(type(model).__name__, model.config.model_type) is not type(model) or getattr(model.config, "quantization_config", None):
         raise UnsupportedModel(f"{type(model).__module__}.{type(model).__name__} could not be built again from its config alone; quantised models and classes of "
                                "your own cannot be saved this way")

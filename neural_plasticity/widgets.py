@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AFFORDABLE', 'Explorer', 'explore', 'Dashboard', 'highest_level', 'small_slice']
 
-# %% ../nbs/51_widgets.ipynb #758ab7a7
+# %% ../nbs/51_widgets.ipynb #dd1ef4b7
 import gc
 import html
 import threading
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .controls import HEADS_STYLE, LARGEST, HeadGrid, Work, core_widgets, explorer_controls, shades
+from .controls import HEADS_STYLE, LARGEST, HeadGrid, Work, close_all, core_widgets, explorer_controls, shades
 from .dashboard import Dashboard
 from .errors import InvalidArgument, PlasticityError, WrongType
 from .exploring import highest_level, one_head, small_slice
@@ -41,7 +41,7 @@ def _later_collection():
         if enabled:
             gc.enable()
 
-# %% ../nbs/51_widgets.ipynb #ae5f7352
+# %% ../nbs/51_widgets.ipynb #9a781d9f
 class _Plumbing(View):
     "From a control to a verb, and from a verb to what is shown."
 
@@ -69,6 +69,10 @@ class _Plumbing(View):
         line = " ".join(str(error).split())
         self._parts["problem"].value = f'<div role="alert"><b>{type(error).__name__}:</b> {html.escape(line)}</div>'
 
+# %% ../nbs/51_widgets.ipynb #928befab
+class _Labour(_Plumbing):
+    "Long work, and what is shown of it."
+
     def _progressed(self, share: float, text: str) -> None:
         self._parts["status"].value = f'<span role="status">{html.escape(text)}</span>'
         self.progress.value = share
@@ -84,8 +88,13 @@ class _Plumbing(View):
             if error:
                 self.refresh(follow=("strategy",))
                 self._said(error)
-            else:
+                return
+            try:
                 over()
+            except BaseException as problem:
+                self.refresh(follow=("strategy",))
+                self._said(problem)
+                raise
 
         self.progress.description, self.progress.value = doing, 0
         self.work = Work(pieces, self._progressed, ended, self._lock, unit)
@@ -153,8 +162,8 @@ def _show_parts(explorer) -> None:
         parts["about"].value = html.escape(str(error))
     parts["curve"].value, parts["table"].value = explorer._recovery_html(), explorer._table_html()
 
-# %% ../nbs/51_widgets.ipynb #b29a63b4
-class _Following(_Plumbing):
+# %% ../nbs/51_widgets.ipynb #0df1e142
+class _Following(_Labour):
     "Verbs after which everything that is shown follows."
 
     def move(self, level=None, strategy=None, by_hand=None, follow=True) -> None:
@@ -223,8 +232,7 @@ class _Following(_Plumbing):
     def close(self) -> None:
         "Stop, and take the widgets off the page. What was not applied is not on the model."
         self.cancel()
-        for widget in (*self._widgets(), self.widget):
-            widget.close()
+        close_all(*self._widgets(), self.widget)
 
 # %% ../nbs/51_widgets.ipynb #981a535b
 def _assembled(explorer):

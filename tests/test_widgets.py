@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from neural_plasticity.probing import probe  # noqa: E402
 from neural_plasticity.data import load_embedded_model, load_embedded_text, text_dataloader  # noqa: E402
 from neural_plasticity.errors import InvalidArgument, PlasticityError, StorageError, WrongType  # noqa: E402
 from neural_plasticity.evaluation import evaluate_model, generate_sample  # noqa: E402
+from neural_plasticity.exploring import _averaged  # noqa: E402
 from neural_plasticity.gates import dormant_heads, gate_heads, put_to_sleep, restore_heads, state_of  # noqa: E402
 from neural_plasticity.importance import CRITERIA, criteria_within, criterion, measure_heads  # noqa: E402
 from neural_plasticity.pruning import PruningStrategy, choose_heads  # noqa: E402
@@ -835,3 +837,54 @@ def test_a_move_during_an_answer_is_not_taken_back(parts, maps):
     finally:
         handle.remove()
     assert explorer.level.value == 0.6 == explorer.position.level and int(explorer.mask.sum()) == 28
+
+
+def test_an_interrupted_apply_loses_no_weights(maps, train, monkeypatch):
+    parts = pieces()
+    explorer = trainable(parts, maps, train)
+    before = snapshot(parts[0])
+    explorer.recover(2)
+
+    def half(model, other):
+        next(model.parameters()).data.zero_()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("neural_plasticity.exploring.become", half)
+        with pytest.raises(KeyboardInterrupt):
+            explorer.apply()
+    explorer.undo()
+    explorer.apply()
+    restore_heads(parts[0])
+    assert same(before, snapshot(parts[0]))
+    explorer.close()
+
+
+def test_closed_it_is_forgotten(maps):
+    "ipywidgets keeps what is open for ever, and the buttons know the explorer, which knows the model."
+    model, tokenizer, selection, validation = pieces()
+    explorer = explore(model, tokenizer, selection, validation, scores=maps, tokens=128, new_tokens=2)
+    known = [weakref.ref(explorer), weakref.ref(model)]
+    explorer.close()
+    del explorer, model
+    gc.collect()
+    assert [thing() for thing in known] == [None, None]
+
+
+def test_batches_without_labels_or_length_are_read_with_the_others(parts, maps):
+    model, tokenizer, selection, validation = parts
+    empty = {**validation[0], "labels": torch.full_like(validation[0]["labels"], -100)}
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([*validation, empty])
+
+    explorer = explore(model, tokenizer, selection, torch.utils.data.DataLoader(Stream(), batch_size=None), scores=maps, tokens=128, new_tokens=2)
+    explorer.read_everything()
+    assert explorer.on_all_the_text(explorer.asleep)[0] == pytest.approx(evaluate_model(model, validation)["perplexity"])
+    explorer.close()
+
+
+def test_a_batch_with_nothing_to_measure_counts_for_nothing():
+    maps = [torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, float("nan")]])]
+    assert _averaged([1, 2], maps).tolist() == [[3.0, 2.0]]
