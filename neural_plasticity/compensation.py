@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site, heads_to_mask
-from .errors import InvalidArgument, PlasticityError, UnsupportedModel
+from .errors import InvalidArgument, UnsupportedModel
 from .gates import PlasticityState, gate_heads, projection_parts, put_to_sleep, restore_heads, rewrite_projections, state_of
 from .least_squares import Compensation, InputSums
 from .probing import anatomy_of

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .callback import callback_of
-from .controls import close_all, core_widgets
+from .controls import close_all, core_widgets, show_view
 from .course import COURSE_STYLE, Course, RecordReader, charts_html, course_html, decisions_html, film_frames, film_names, frame_html, life_html, status_text
 from .durable import plain
 from .errors import EnvironmentProblem, InvalidArgument, PlasticityError
@@ -79,7 +79,7 @@ class _Page:
         self.show()
         self._handle = display(self._bundle(), raw=True, display_id=True)
         if self.widget:
-            display(self.widget)
+            show_view(self.widget)
 
 # %% ../nbs/51_dashboard.ipynb #1ccbf51f
 _COUNT = itertools.count()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .controls import HEADS_STYLE, LARGEST, HeadGrid, Work, close_all, core_widgets, explorer_controls, shades
+from .controls import HEADS_STYLE, LARGEST, HeadGrid, Work, close_all, core_widgets, explorer_controls, shades, show_view
 from .dashboard import Dashboard
 from .errors import InvalidArgument, PlasticityError, WrongType
 from .exploring import highest_level, one_head, small_slice
@@ -120,7 +120,7 @@ class _Labour(_Plumbing):
         from IPython.display import display
 
         display({"text/html": self._static_html(), "text/plain": repr(self)}, raw=True)
-        display(self.widget)
+        show_view(self.widget)
 
 # %% ../nbs/51_widgets.ipynb #d61841c4
 def _dormancy(explorer) -> str:

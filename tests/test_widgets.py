@@ -226,7 +226,7 @@ def test_a_page_without_widgets_shows_the_same(parts, maps, monkeypatch):
     explorer = short(parts, scores=maps)
     explorer._ipython_display_()
     static, widget = outputs
-    assert widget is explorer.widget
+    assert widget["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id and not widget["text/plain"]  # no words for a page that shows the other
     assert explorer.children[-1].value in static["text/html"] and "data:image/png" in static["text/html"]
     assert f"{explorer.perplexity:.2f}" in static["text/plain"]
     [name] = re.findall(r'^<div class="([^"]+)">', static["text/html"])
