@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExperimentConfig', 'levels_of']
 
-# %% ../nbs/50_config.ipynb #9d81a234
+# %% ../nbs/50_config.ipynb #0b3a4e14
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -125,7 +125,7 @@ def levels_of(config: ExperimentConfig) -> tuple[float, ...]:
     "The share of the heads that is to be pruned after each cycle."
     return config.levels or tuple(config.prune_level * (cycle + 1) / config.cycles for cycle in range(config.cycles))
 
-# %% ../nbs/50_config.ipynb #55e39516
+# %% ../nbs/50_config.ipynb #628f3603
 def _fitting(name: str, value):
     "A value as its field wants it; text that says a number is taken for it, because YAML reads 1e-4 as text."
     kinds = {entry.name: entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", str(entry.type)) for entry in fields(ExperimentConfig)}

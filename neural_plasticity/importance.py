@@ -7,7 +7,7 @@ __all__ = ['HeadScores', 'measure_heads', 'calculate_head_gradients', 'CRITERIA'
            'analyze_attention_patterns', 'collect_quantities', 'combined_unimportance', 'criteria_within', 'criterion',
            'heads_first', 'learn_gates', 'losses_when_closed', 'measure_entropy', 'surgeon_costs']
 
-# %% ../nbs/14_importance.ipynb #941ac11f
+# %% ../nbs/14_importance.ipynb #fe63005c
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -63,7 +63,7 @@ def _summary(known: Criterion, found: Quantities) -> tuple[Tensor, Tensor, int]:
     errors = torch.full_like(values, float("nan")) if errors is None else errors
     return values.cpu().masked_fill(~found.exists, float("nan")), errors.cpu().masked_fill(~found.exists, float("nan")), samples
 
-# %% ../nbs/14_importance.ipynb #2307a869
+# %% ../nbs/14_importance.ipynb #8d95d0af
 def measure_heads(
     model: nn.Module,
     dataloader,  # batches: dicts as the model takes them, with labels
